@@ -19,7 +19,8 @@ _LORA = (
     *("lora_down", "lora_up", "lora_mid", "lora_linear_layer"),
 )
 PAIRED = tuple(f"lora_{name}.weight" for name in ("A", "B", "a", "b", "down", "up"))  # the last parts of the keys of two factors
-_PAIRS = r"(?:[^.]+_)?lora\.(?:down|up|[ABab])(?=\.|$)"  # a module called so, with both factors in it
+_PAIRS = r"(?:[^.]+_)?lora\d*\.(?:down|up|[ABab])(?=\.|$)"  # a module called so, with both factors in it
+_HALF = re.compile(r"(?:^|[._])lora(\d*)(?:_linear_layer)?[._](?:(down|[Aa])|up|[Bb])(?=\.|$)")
 _KIN = (
     *("vera_A", "vera_B", "vera_lambda_", "randlora_", "vblora_", "ia3_l", "hada_w1", "hada_w2", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w2", "lokr_t2", "oft_r", "oft_R", "boft_R", "boft_s", "hra_u", "fourierft_spectrum", "ln_tuning_layers"),
@@ -37,6 +38,20 @@ def is_factor(key: str) -> bool:
     (True, True, False)
     """
     return _FACTOR.search(key) is not None
+
+
+def pairs(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """By the name of the weight that they change, the two factors of each low-rank change: what it takes, and what it gives.
+
+    >>> pairs(["to_q.lora_A.weight", "to_q.lora_B.weight", "qkv_lora1.up.weight", "qkv_lora1.down.weight"])["qkv1.weight"]
+    ('qkv_lora1.down.weight', 'qkv_lora1.up.weight')
+    """
+    found: dict[str, dict[bool, str]] = {}
+    for key in keys:
+        half = _HALF.search(key)
+        if half is not None:
+            found.setdefault(f"{key[: half.start()]}{half[1]}{key[half.end() :]}".lstrip("."), {})[half[2] is None] = key
+    return {name: (halves[False], halves[True]) for name, halves in found.items() if len(halves) > 1}
 
 
 def unwrapped(keys: Iterable[str]) -> dict[str, str | None]:

@@ -2,6 +2,8 @@
 
 Rule: whoever compares sees the weight that they stand for, under the name that it has in a plain layer. The links that come of it are
 written for the tensors that are there, with the op that folds or unfolds them; a factor is never linked as if it were the weight.
+Two files of low-rank factors alone are matched by the weights that these change: where a weight is cut along its rows, all parts share the
+one factor, and the other is cut.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
-from ckptsurgeon.low_rank import is_factor, unwrapped
+from ckptsurgeon.low_rank import is_factor, pairs, unwrapped
+from ckptsurgeon.matching.module_tree import squeezed
 from ckptsurgeon.planning.links import LAYOUT, Layout, Link
 from ckptsurgeon.planning.quantised_weights.find import Codes, find
 from ckptsurgeon.tensors import TensorMeta
@@ -18,6 +21,7 @@ from ckptsurgeon.tensors import TensorMeta
 Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
 NOT_THE_WEIGHT = "a factor of a weight, and not the weight"
+_LOW_RANK = "low rank"  # how a weight is held that no op makes of its two factors
 DEQUANTIZE = "codes, of which --dequantize makes values"
 
 
@@ -91,6 +95,11 @@ class Side:
     factored: Mapping[str, Factored] = field(default_factory=dict)
     codes: Mapping[str, Codes] = field(default_factory=dict)
 
+    @property
+    def low_rank(self) -> bool:
+        """Whether all weights are held in two factors of low rank."""
+        return any(weight.op == _LOW_RANK for weight in self.factored.values())
+
     def stored(self, name: str) -> tuple[str, ...]:
         """The keys of the tensors that hold one of `tensors`."""
         return self.factored[name].keys if name in self.factored else (name,)
@@ -109,12 +118,31 @@ class Side:
 
 def sides(source: Tensors, target: Tensors) -> tuple[Side, Side]:
     """Both sides as plain models would have them. What both hold alike under PEFT stays as it is."""
+    low_rank = _low_rank(source), _low_rank(target)
+    if low_rank[0] is not None and low_rank[1] is not None:
+        return low_rank[0], low_rank[1]
     renamed = [unwrapped(side) for side in (source, target)]
     both = all(renamed) or any(key in other_side for names, other_side in zip(renamed, (target, source), strict=True) for key in names)
     codes = find(source), find(target)
     hidden = {} if codes[1] else codes[0]
     names = ({}, {}) if both else renamed
     return _side(source, names[0], hidden, codes[0]), _side(target, names[1], {}, codes[1])
+
+
+def _low_rank(tensors: Tensors) -> Side | None:
+    """A side of low-rank factors alone, and of numbers with them, as the weights that these change; None for another one."""
+    factored = {name: Factored(tuple(tensors[key] for key in keys), _LOW_RANK, None) for name, keys in pairs(tensors).items()}
+    of_pairs = {key: name for name, weight in factored.items() for key in weight.keys}
+    if not factored or any(key not in of_pairs for key, tensor in tensors.items() if tensor.shape):
+        return None
+    plain: dict[str, TensorMeta] = {}
+    for key, tensor in tensors.items():
+        name = of_pairs.get(key, key)
+        shapes = [part.shape for part in factored[name].parts] if key in of_pairs else []
+        if shapes and not (len(shapes[0]) == len(shapes[1]) > 1 and shapes[0][0] == shapes[1][1]):
+            return None
+        plain[name] = replace(tensor, name=name, shape=(shapes[1][0], *shapes[0][1:])) if shapes else tensor
+    return Side(plain, factored)
 
 
 def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[str, Codes], codes: Mapping[str, Codes]) -> Side:
@@ -238,6 +266,9 @@ def _stored_links(link: Link, source: Mapping[str, Factored], target: Mapping[st
     if not any(source_weights) and not any(target_weights):
         yield link
         return
+    if any(weight is not None and weight.op == _LOW_RANK for weight in (*source_weights, *target_weights)):
+        yield from _of_low_rank(link, source, target)
+        return
     if (
         len(source_weights) == len(target_weights) == 1
         and source_weights[0]
@@ -271,6 +302,38 @@ def _stored_links(link: Link, source: Mapping[str, Factored], target: Mapping[st
         dims = tuple(Layout("dim of the norm", words, sources, targets, _chain(op, link.op)) for op, words in choices)
         folded = replace(folded, doubt=LAYOUT, choices=dims)
     yield folded
+
+
+def _of_low_rank(link: Link, source: Mapping[str, Factored], target: Mapping[str, Factored]) -> Iterator[Link]:
+    """The links of two factors each: what a weight takes goes to all of its parts, what it gives is cut as the weight is."""
+    if len(link.sources) > 1 or not {*link.sources} <= source.keys() or not {*link.targets} <= target.keys():
+        return
+    takes, gives = source[link.sources[0]].parts
+    is_cut = len(link.targets) > 1 and link.op.startswith("chunk(dim=0")
+    shared = [target[name].parts[0] for name in link.targets]
+    if any(squeezed(part.shape) != squeezed(takes.shape) for part in shared):
+        return  # of another rank
+    link = replace(link, runner_up=_rival(link.runner_up, source, target))
+    gets = [target[name].parts[1] for name in link.targets]
+    if is_cut:
+        yield replace(link, sources=(gives.name,), targets=tuple(part.name for part in gets))
+    elif len(gets) == 1 and squeezed(gets[0].shape) == squeezed(gives.shape):
+        yield _whole(link, gives, gets[0])
+    else:
+        return
+    yield from (_whole(link, takes, part) for part in shared)
+
+
+def _rival(rival: str, *sides: Mapping[str, Factored]) -> str:
+    """A rival, as `source -> target`, with factors in place of the weights that no file has."""
+    held = (side.get(f"{path}.weight") or side.get(path) for path, side in zip(rival.split(" -> "), sides, strict=False))
+    factors = [weight.keys[0] for weight in held if weight is not None]
+    return " -> ".join(factors) if len(factors) == len(sides) else rival
+
+
+def _whole(link: Link, part: TensorMeta, counterpart: TensorMeta) -> Link:
+    """The link of one factor for one of the other side's, of its shape but for dimensions of one."""
+    return replace(link, sources=(part.name,), targets=(counterpart.name,), op="" if part.shape == counterpart.shape else "reshape")
 
 
 def _keys(names: Iterable[str], factored: Mapping[str, Factored]) -> tuple[str, ...]:

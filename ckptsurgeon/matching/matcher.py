@@ -64,9 +64,12 @@ def match(
     names = spelled(around[0]), spelled(around[1])
     source_side, target_side = sides(renamed(source, names[0]), renamed(target, names[1]))
     plain = _match_plain(source_side.tensors, target_side.tensors, target_side.ties([[names[1][key] for key in tied] for tied in ties]))
-    whole = sides(*map(renamed, around, names))
-    links = with_doubts(plain.links, *map(_around, (source_side, target_side), whole))
-    links = as_stored(links, source_side, target_side, dequantize=dequantize)
+    if source_side.low_rank:  # of factors, which have the rows of a weight or its columns
+        links = with_doubts(as_stored(plain.links, source_side, target_side), *map(renamed, around, names))
+    else:
+        whole = sides(*map(renamed, around, names))
+        links = with_doubts(plain.links, *map(_around, (source_side, target_side), whole))
+        links = as_stored(links, source_side, target_side, dequantize=dequantize)
     return result(_named_back(links, *names), source, target, plain.order)
 
 

@@ -430,3 +430,32 @@ def test_a_direction_beside_its_norm_is_not_the_weight_whatever_they_are_called(
     without = {key: tensor for key, tensor in own.items() if not key.endswith("norm")}
     certain = (match(torchs, without) if turned else match(without, torchs)).certain
     assert sum("weight_norm" in link.op for link in certain) == 3
+
+
+def _low_rank(layers: dict[str, tuple[int, int]], rank: int, takes: str, gives: str) -> dict[str, TensorMeta]:
+    """The factors of changes to weights (rows, columns), under the names of a method."""
+    shapes = {}
+    for name, (rows, columns) in layers.items():
+        shapes |= {f"{name}{takes}.weight": (rank, columns), f"{name}{gives}.weight": (rows, rank)}
+    return {key: meta(key, shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_fused_low_rank_change_is_cut_in_one_factor_and_shared_in_the_other(in_order: bool) -> None:
+    fused = {f"h.{at}.{name}": (rows, 64) for at in range(2) for name, rows in (("qkv", 192), ("out", 48))}
+    parts = {f"blocks.{at}.attn.to_{name}": (64 if name in "qkv" else 48, 64) for at in range(2) for name in ("q", "k", "v", "out")}
+    here, there = _low_rank(fused, 4, "_lora1.down", "_lora1.up"), _low_rank(parts, 4, ".lora_A", ".lora_B")
+    sides = [side if in_order else dict(sorted(side.items())) for side in (here, there)]
+    found = match(*sides)
+    for at in range(2):
+        block = f"blocks.{at}.attn.to_"
+        shared = [found.by_target[f"{block}{name}.lora_A.weight"] for name in "qkv"]
+        assert [(link.certain, link.sources, link.op) for link in shared] == [(True, (f"h.{at}.qkv_lora1.down.weight",), "")] * 3
+        cut = found.by_target[f"{block}q.lora_B.weight"]
+        assert cut.sources == (f"h.{at}.qkv_lora1.up.weight",)
+        assert cut.targets == tuple(f"{block}{name}.lora_B.weight" for name in "qkv")
+        assert [choice.op for choice in cut.choices] == ["chunk(dim=0)", "reshape(shape=[heads, 3, -1, 4]) | chunk(dim=1) | reshape"]
+        assert found.by_target[f"{block}out.lora_B.weight"].certain
+    up, down = torch.randn(192, 4), torch.randn(4, 64)  # what the cut factor and the shared one change is the part of the whole change
+    assert torch.allclose(up.chunk(3)[1] @ down, (up @ down).chunk(3)[1])
+    assert not match(here, _low_rank(parts, 8, ".lora_A", ".lora_B")).links  # of another rank

@@ -22,7 +22,7 @@ _PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\
 _OF_POSITIONS = re.compile(r"pos|rel|wpe|attn_?bias|attention_bias", re.IGNORECASE)  # one of these is in each name of positions
 _OF_TOKENS = re.compile(r"tok|word|vocab|wte", re.IGNORECASE)
 _ROW_FACTOR = re.compile(
-    r"(?<=[^.])[._]lora[._](?:up|b)(?:\.[a-z_]+)?(?=\.weight$|$)", re.IGNORECASE
+    r"(?<=[^.])[._]lora\d*[._](?:up|b)(?:\.[a-z_]+)?(?=\.weight$|$)", re.IGNORECASE
 )  # with the name of its adapter, as peft has it
 _NUMBER = re.compile(r"(?:^|[._])\d+(?=[._]|$)")
 
