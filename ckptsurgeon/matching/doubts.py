@@ -18,7 +18,7 @@ from ckptsurgeon.matching.evidence.lists import (
     all_alike,
     by_lists,
     in_each_longest_rise,
-    members,
+    members_of,
     mirrored,
     moves_of,
     number_at,
@@ -243,7 +243,8 @@ def _either_direction(facts: Facts) -> _Doubts:
         if set(concepts(".".join(map(_last_name, pair)))) & _EITHER_WAY
         and len({frozenset(concepts(_last_name(head))) for head in pair}) == 2
     }
-    alike = {pair for pair in lists if all_alike(facts.source, pair[0]) and all_alike(facts.target, pair[1])}
+    members = (members_of(facts.source), members_of(facts.target)) if lists else ({}, {})
+    alike = {pair for pair in lists if all(all_alike(inside[head]) for inside, head in zip(members, pair, strict=True))}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in moves_of(lists[pair], *pair)}
     open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in moves_of(lists[pair], *pair)} <= decided}
     rising = {head for pair in alike - open_pairs if rises(moves_of(lists[pair], *pair)) for head in pair}
@@ -251,9 +252,10 @@ def _either_direction(facts: Facts) -> _Doubts:
         counts = moves_of(lists[pair], *pair)
         counted_both = all(len({count[side] for count in counts}) > 1 for side in (0, 1))
         if counted_both and not (rises(counts) and (rising.intersection(pair) or _as_they_run(pair, facts.source, facts.target))):
-            whole = all(len(members(side, head)) == len(counts) for side, head in zip((facts.source, facts.target), pair, strict=True))
+            whole = all(len(inside[head]) == len(counts) for inside, head in zip(members, pair, strict=True))
+            numbers = [number for number, _ in sorted(counts)]
             for link in lists[pair]:
-                rival = mirrored(link.sources[0], pair[0], [number for number, _ in sorted(counts)]) if whole else ""
+                rival = mirrored(link.sources[0], pair[0], numbers) if whole else ""
                 if rival != link.sources[0]:  # the middle one stays where it is
                     yield Doubt(link, COUNTED, f"{rival} -> {link.targets[0]}" if rival else "")
 

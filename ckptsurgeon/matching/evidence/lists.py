@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
+Members = dict[str, set[tuple[str, tuple[int, ...]]]]
 _NUMBER = re.compile(r"\d+")
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
 
@@ -79,20 +80,20 @@ def rises(counts: set[tuple[int, int]]) -> bool:
     return len(order) > 1 and order == sorted(order)
 
 
-def members(side: Mapping[str, TensorMeta], head: str) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
-    """What each member of a numbered list holds, by its number."""
-    inside: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+def members_of(side: Mapping[str, TensorMeta]) -> dict[str, Members]:
+    """What each member of each numbered list of a side holds: by the list's head, the number."""
+    found: dict[str, Members] = {}
     for key, tensor in side.items():
-        number = _NUMBER.match(key, len(head)) if key.startswith(head) else None
-        if number:
+        for number in _NUMBER.finditer(key):
+            inside = found.setdefault(key[: number.start()], {})
             inside.setdefault(number[0], set()).add((key[number.end() :], tensor.shape))
-    return inside
+    return found
 
 
-def all_alike(side: Mapping[str, TensorMeta], head: str) -> bool:
+def all_alike(members: Members) -> bool:
     """Whether the members of a numbered list are several, and hold the same."""
-    inside = members(side, head)
-    return len(inside) > 1 and len({frozenset(contents) for contents in inside.values()}) == 1
+    first = next(iter(members.values()), None)
+    return len(members) > 1 and all(contents == first for contents in members.values())
 
 
 def mirrored(key: str, head: str, numbers: Sequence[int]) -> str:
