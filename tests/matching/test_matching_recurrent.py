@@ -58,6 +58,20 @@ def test_the_order_of_anothers_fused_gates_is_its_own() -> None:
     assert not match(fused, cells(GRU, STYLES["docs"])).certain
 
 
+NAMED = [("W_i{}", "W_h{}"), ("x2{}", "h2{}"), ("W_{}", "U_{}"), ("x_{}_gate", "h_{}_gate")]
+GATES = [("i", "f", "g", "o"), ("i", "f", "c", "o"), ("input", "forget", "cell", "output")]
+
+
+@pytest.mark.parametrize("names", NAMED[1:])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
+def test_gates_of_two_cells_go_by_what_they_do(names: tuple[str, str], gates: tuple[str, ...], in_order: bool) -> None:
+    """`ig` are the letters that `input_gate` begins with, and not what it says."""
+    sides = [cells(GATES[0], NAMED[0]), cells(gates, names)]
+    truth = dict(zip(sides[1], sides[0], strict=True))
+    assert sure(match(*(one if in_order else dict(sorted(one.items())) for one in sides))) == truth
+
+
 def test_gates_of_a_list_without_sides_are_told_by_nothing() -> None:
     assert _said("gate_r") is None
     assert _said("conv_z") is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from ckptsurgeon.matching.module_tree import Node
 
@@ -47,12 +48,21 @@ def side_of(row: Sequence[Node]) -> str:
     return sides.pop() if len(sides) == 1 and len(said) == len(row) else ""
 
 
+def same_gate(first: Node, second: Node) -> bool | None:
+    """Whether two units are the same gate for the same side of a cell; None where a name does not say one."""
+    one, other = (_said(unit.path.rpartition(".")[2]) for unit in (first, second))
+    if one is None or other is None:
+        return None
+    return one[0] == other[0] and any(one[1] in words and other[1] in words for cell in _CELLS for words in cell)
+
+
 def torchs_side(whole: Node) -> str:
     """Which of torch's two a unit is by its name, `ih` or `hh`; empty where it is none, or another library's, whose order is its own."""
     torchs = _TORCHS.fullmatch(whole.path.rpartition(".")[2])
     return torchs[1] if torchs and set(whole.tensors) <= {"weight", "bias"} else ""
 
 
+@cache
 def _said(name: str) -> tuple[str, str] | None:
     """The side and the gate that a name says: `W_ir`, `x2z`, `reset_x`, `U_f`.
 

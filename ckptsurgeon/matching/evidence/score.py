@@ -29,6 +29,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     telling_words,
     unsaid_attention,
 )
+from ckptsurgeon.matching.evidence.gates import same_gate
 from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.progress import beat
@@ -122,6 +123,9 @@ class Table:
             parts["the same word"] = WRITTEN
         if conflict(source_words, target_words):
             parts[f"names {AGAINST_IT}"] = AGAINST
+        gate = same_gate(source, target) if source.leaf and target.leaf else None
+        if gate is not None:
+            parts["the same gate" if gate else f"gates {AGAINST_IT}"] = WORD if gate else 2 * AGAINST
         if ("aux" in source_words) != ("aux" in target_words):
             parts["one is auxiliary"] = AGAINST
         if source.name == target.name:
