@@ -103,17 +103,21 @@ class _Shift:
 
 
 def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str]) -> list[_Shift]:
-    """Lists in which found links contradict equal names by one and the same difference of numbers."""
-    moves: dict[_Shift, Counter[int]] = {}
+    """Lists in which found links contradict equal names, and all that are moved there are by one and the same difference of numbers."""
+    moves: dict[_Shift, set[int]] = {}
+    against: set[_Shift] = set()
     names = {*same.values()}
     for link in matched:
-        if link.certain and len(link.sources) == len(link.targets) == 1 and link.targets[0] in names:
+        if link.certain and len(link.sources) == len(link.targets) == 1:
             key, name = link.sources[0], link.targets[0]
             moved = _moved(bare[key], name) if bare[key] != name else None
             if moved:
                 there, by = moved
-                moves.setdefault(_Shift(_head(key, bare[key], there), there), Counter())[by] += 1
-    return [shift for shift, by in moves.items() if len(by) == 1]
+                shift = _Shift(_head(key, bare[key], there), there)
+                moves.setdefault(shift, set()).add(by)
+                if name in names:
+                    against.add(shift)
+    return [shift for shift, by in moves.items() if len(by) == 1 and shift in against]
 
 
 def _moved(first: str, second: str) -> tuple[str, int] | None:

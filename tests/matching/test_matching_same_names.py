@@ -79,6 +79,14 @@ def test_one_expert_of_eight_is_renamed(in_order: bool) -> None:
     assert found["layers.0.moe.expert_0.up_proj.weight"] == ("layers.0.mlp.experts.0.up_proj.weight",)
 
 
+def test_a_list_that_is_moved_by_several_numbers_is_not_shifted() -> None:
+    """A layer of a sequence is called otherwise: its neighbours keep their names, and are not moved up to make room."""
+    kept = {"model.0.weight": (8, 3, 3, 3), **{f"model.{at}.weight": (8, 8, 3, 3) for at in (3, 6)}, "model.10.weight": (3, 8, 3, 3)}
+    body = {f"model.1.sub.{at}.conv.weight": (8, 8, 3, 3) for at in range(3)}
+    found = sure(side(kept | body | {"model.norm2.weight": (8, 8, 3, 3)}), side(kept | body | {"model.8.weight": (8, 8, 3, 3)}))
+    assert {key: (key,) for key in (*kept, *body)}.items() <= found.items()
+
+
 def test_a_list_beside_its_first_and_last_is_shifted() -> None:
     """SAM's heads: three layers in a list, or one between two of other names."""
     sizes = ((8, 8), (8, 8), (3, 8))
