@@ -40,6 +40,15 @@ def is_factor(key: str) -> bool:
     return _FACTOR.search(key) is not None
 
 
+def without_prefix(key: str) -> str:
+    """A key without the word that kohya puts before the names of a model's parts.
+
+    >>> without_prefix("lora_unet.mid_block.alpha")
+    'unet.mid_block.alpha'
+    """
+    return key.removeprefix("lora_")
+
+
 def pairs(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     """By the name of the weight that they change, the two factors of each low-rank change: what it takes, and what it gives.
 
@@ -50,7 +59,8 @@ def pairs(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     for key in keys:
         half = _HALF.search(key)
         if half is not None:
-            found.setdefault(f"{key[: half.start()]}{half[1]}{key[half.end() :]}".lstrip("."), {})[half[2] is None] = key
+            name = without_prefix(f"{key[: half.start()]}{half[1]}{key[half.end() :]}".lstrip("."))
+            found.setdefault(name, {})[half[2] is None] = key
     return {name: (halves[False], halves[True]) for name, halves in found.items() if len(halves) > 1}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.adapters.factors import spectral_norm, weight_norm
-from ckptsurgeon.low_rank import is_factor, pairs, unwrapped
+from ckptsurgeon.low_rank import is_factor, pairs, unwrapped, without_prefix
 from ckptsurgeon.matching.module_tree import squeezed
 from ckptsurgeon.planning.links import LAYOUT, Layout, Link
 from ckptsurgeon.planning.quantised_weights.find import Codes, find
@@ -135,13 +135,17 @@ def _low_rank(tensors: Tensors) -> Side | None:
     of_pairs = {key: name for name, weight in factored.items() for key in weight.keys}
     if not factored or any(key not in of_pairs for key, tensor in tensors.items() if tensor.shape):
         return None
+    for key, tensor in tensors.items():
+        name = of_pairs.setdefault(key, without_prefix(key))
+        if name not in factored and name != key:
+            factored[name] = Factored((tensor,))
     plain: dict[str, TensorMeta] = {}
     for key, tensor in tensors.items():
-        name = of_pairs.get(key, key)
-        shapes = [part.shape for part in factored[name].parts] if key in of_pairs else []
+        name = of_pairs[key]
+        shapes = [part.shape for part in factored[name].parts] if tensor.shape else []
         if shapes and not (len(shapes[0]) == len(shapes[1]) > 1 and shapes[0][0] == shapes[1][1]):
             return None
-        plain[name] = replace(tensor, name=name, shape=(shapes[1][0], *shapes[0][1:])) if shapes else tensor
+        plain[name] = replace(tensor, name=name, shape=(shapes[1][0], *shapes[0][1:]) if shapes else ())
     return Side(plain, factored)
 
 

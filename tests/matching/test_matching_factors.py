@@ -459,3 +459,21 @@ def test_a_fused_low_rank_change_is_cut_in_one_factor_and_shared_in_the_other(in
     up, down = torch.randn(192, 4), torch.randn(4, 64)  # what the cut factor and the shared one change is the part of the whole change
     assert torch.allclose(up.chunk(3)[1] @ down, (up @ down).chunk(3)[1])
     assert not match(here, _low_rank(parts, 8, ".lora_A", ".lora_B")).links  # of another rank
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_low_rank_changes_of_two_models_in_one_file_are_found_for_both(in_order: bool) -> None:
+    """Most names are the same but for separators, and those of the text encoder are not: these are not fresh for that."""
+    unet = {f"down.{at}.attn.to_{name}": (64, 64) for at in range(6) for name in ("q", "k", "v", "out")}
+    text = {f"encoder.layers.{at}.self_attn.{name}_proj": (40, 40) for at in range(3) for name in ("q", "k", "v", "out")}
+    here = {f"lora_{head}_{name.replace('.', '_')}": shape for head, some in (("unet", unet), ("te", text)) for name, shape in some.items()}
+    there = {f"{head}.{name}": shape for head, some in (("unet", unet), ("text_encoder", text)) for name, shape in some.items()}
+    alphas = {f"{name}.alpha": meta(f"{name}.alpha", ()) for name in here}
+    sides = _low_rank(here, 4, ".lora_down", ".lora_up") | alphas, _low_rank(there, 4, ".lora_A", ".lora_B")
+    found = match(*(side if in_order else dict(sorted(side.items())) for side in sides))
+    pairs = {link.targets[0]: link.sources[0] for link in found.certain}
+    assert pairs == {
+        f"{name}.lora_{target}.weight": f"{key}.lora_{source}.weight"
+        for key, name in zip(here, there, strict=True)
+        for source, target in (("down", "A"), ("up", "B"))
+    }
