@@ -113,6 +113,11 @@ def test_an_order_that_agrees_by_chance_is_not_trusted() -> None:
     assert not [wrong for seed in range(200) for wrong in sure_and_wrong(model, random.Random(seed), "by module")]
 
 
+@pytest.mark.parametrize("seed", [5, 145])
+def test_names_that_begin_with_one_letter_are_no_nearer_for_it(seed: int) -> None:
+    assert not sure_and_wrong("mmdet_retinanet__torchvision_retinanet.source", random.Random(seed), "as it is")
+
+
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_its_own_names_under_a_prefix_are_matched_whole(model: str) -> None:
     target = MODELS[model]

@@ -18,6 +18,7 @@ _ORDINALS = {
     "second": 60, "hr": 70, "postmlp": 90, "final": 100,
 }  # fmt: skip
 _MOST_INITIALS = 4
+_LEAST_BEGINNING = 3  # letters with which two names begin that are no chance
 _CROSS = [_ORDINALS["cross"]]
 _ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses them, and in which a list of them is numbered
 
@@ -141,7 +142,9 @@ def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
     near = [_shared_parts(node.path, anchor.path) + (node.folded == anchor.folded) for node in nodes]
     if len({*near}) == 1:
         begun_alike = [_same_beginning(node.path, anchor.path, near[0]) for node in nodes]
-        near = [int(length == max(begun_alike)) for length in begun_alike] if begun_alike.count(max(begun_alike)) == 1 else near
+        longest = max(begun_alike)
+        if longest >= _LEAST_BEGINNING and begun_alike.count(longest) == 1:
+            near = [int(length == longest) for length in begun_alike]
     return [value - min(near) for value in near]
 
 
