@@ -21,6 +21,7 @@ from ckptsurgeon.errors import ModelError, RootError, StaleError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.sharded.meta import on_meta
 from ckptsurgeon.models.sharded.ranks import Ranks
+from ckptsurgeon.models.target.loaders import tensors_of
 from ckptsurgeon.models.target.sharding import is_sharded, own_class, refuse_flat
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, refuse_no_tensors, state_dict_of
 from ckptsurgeon.models.training import freezing, groups
@@ -79,12 +80,13 @@ def transfer(
             _gates.refuse_open(plan)
             _gates.check(plan, options)
             _gpu_layouts.refuse(plan, [source_checkpoint], live)
-            rank_step.same = {"source": source_checkpoint.fingerprint, "model": target.fingerprint, "plan": digest(plan)}
+            if ranks.size > 1:
+                rank_step.same = {"source": source_checkpoint.fingerprint, "model": target.fingerprint, "plan": digest(plan)}
             reader = undo.enter_context(Reader([source_checkpoint]))
             run = _Run(plan, source_checkpoint, live, reader, model, ruling.own, training.optimizer)
         into_model = (
             _into_sharded_model(run, ranks, undo, held)
-            if any(map(is_sharded, (*model.parameters(), *model.buffers())))
+            if any(map(is_sharded, tensors_of(model)))
             else _into_plain_model(run, ranks, held)
         )
 

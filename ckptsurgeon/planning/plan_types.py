@@ -83,7 +83,7 @@ class Step:
     @property
     def holds_own(self) -> bool:
         """Whether a rule says that the model's own value stays: its loading code finds it there, and doesn't fill in another."""
-        return any(op["op"] == "init" and op.get("ruled") is True for op in self.ops)
+        return bool(self.ops) and any(op["op"] == "init" and op.get("ruled") is True for op in self.ops)
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -93,22 +93,22 @@ class Step:
     @property
     def adapters(self) -> tuple[Mapping[str, Any], ...]:
         """The adapters that change source tensors: its ops without casts, initial values and torch's own load."""
-        return tuple(op for op in self.changes if op["op"] != "load")
+        return tuple(op for op in self.changes if op["op"] != "load") if self.ops else ()
 
     @property
     def changes(self) -> tuple[Mapping[str, Any], ...]:
         """The ops that change source tensors: its adapters, or torch's load."""
-        return tuple(op for op in self.ops if op["op"] not in ("cast", "init"))
+        return tuple(op for op in self.ops if op["op"] not in ("cast", "init")) if self.ops else ()
 
     @property
     def filled(self) -> int:
         """How many of the result's elements no source gives: adapters filled them up."""
-        return filled_elements(self.adapters, self.shape)
+        return filled_elements(self.adapters, self.shape) if self.ops else 0
 
     @property
     def cast(self) -> str | None:
         """The dtype that an op casts to, if one does."""
-        return next((str(op["dtype"]) for op in self.ops if op["op"] == "cast"), None)
+        return next((str(op["dtype"]) for op in self.ops if op["op"] == "cast"), None) if self.ops else None
 
 
 def copied_key(step: Step) -> str | None:

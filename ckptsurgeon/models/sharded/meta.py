@@ -17,6 +17,7 @@ from torch import nn
 from ckptsurgeon.errors import ModelError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.init.schemes import KEEP
+from ckptsurgeon.models.target.loaders import tensors_of
 from ckptsurgeon.models.target.parameters import named_tensors
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.planning.plan_types import Plan
@@ -26,7 +27,7 @@ _DRAWN = "reset"
 
 def on_meta(model: nn.Module) -> bool:
     """Whether tensors of the model are on the meta device."""
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return any(tensor.is_meta for tensor in tensors_of(model))
 
 
 def with_initial_values(plan: Plan, state: Mapping[str, Any]) -> Plan:

@@ -57,8 +57,9 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    """Every parameter and buffer of a module and its submodules, non-persistent buffers included."""
-    return [*module.parameters(), *module.buffers()]
+    """Every parameter and buffer of a module and its submodules, non-persistent buffers included, each once."""
+    held = (tensors for part in module.modules() for tensors in (part._parameters, part._buffers) if tensors)
+    return list({id(tensor): tensor for tensors in held for tensor in tensors.values() if tensor is not None}.values())
 
 
 def storage_of(tensor: torch.Tensor) -> int:
