@@ -85,9 +85,7 @@ def transfer(
             reader = undo.enter_context(Reader([source_checkpoint]))
             run = _Run(plan, source_checkpoint, live, reader, model, ruling.own, training.optimizer)
         into_model = (
-            _into_sharded_model(run, ranks, undo, held)
-            if any(map(is_sharded, tensors_of(model)))
-            else _into_plain_model(run, ranks, held)
+            _into_sharded_model(run, ranks, undo, held) if any(map(is_sharded, tensors_of(model))) else _into_plain_model(run, ranks, held)
         )
 
         def transfer_averaged(averaged_source: Given, copy: nn.Module, averaged_root: str, dropped: tuple[str, ...]) -> Report:

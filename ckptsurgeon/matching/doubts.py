@@ -206,7 +206,7 @@ def _out_of_order(facts: Facts) -> _Doubts:
     Where one member goes to several, as where a layer between two stages is of the one before it or behind it, each part of the members is
     looked at by itself.
     """
-    for (here, there), links in by_lists(link for link in facts.links if link.clear).items():
+    for (here, there), links in by_lists(facts.links).items():
         if _each_once(moves_of(links, here, there)):
             yield from _across_the_others(facts, links, here, there)
             continue
@@ -231,7 +231,7 @@ def _across_the_others(facts: Facts, links: Sequence[Link], here: str, there: st
     alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
     for link in links:
         has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
-        if has_peers and int(number_at(link.targets[0], there)) not in kept and not facts.named(link):
+        if link.clear and has_peers and int(number_at(link.targets[0], there)) not in kept and not facts.named(link):
             yield Doubt(link, "it stands across the order of its list")
 
 

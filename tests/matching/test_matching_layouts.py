@@ -241,6 +241,16 @@ def test_a_gate_and_up_in_one_on_both_sides_under_two_names(turned: bool) -> Non
     assert same["layers.0.mlp.experts.gate_up_proj"].certain
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_layer_of_which_the_next_takes_half_is_a_gate_and_up_in_one(gated: bool) -> None:
+    """Whatever it is called: half of it is multiplied with the other half."""
+    wide = 24 if gated else 12
+    source = {f"h.{at}.mlp.{name}.weight": shape for at in range(2) for name, shape in (("w1", (wide, 8)), ("w2", (8, 12)))}
+    goal = {f"layers.{at}.ff.net.{name}.weight": shape for at in range(2) for name, shape in (("0.proj", (wide, 8)), ("2", (8, 12)))}
+    found = links(source, goal)
+    assert found["layers.1.ff.net.2.weight"].certain and (found["layers.1.ff.net.0.proj.weight"].doubt == "layout") == gated
+
+
 def test_halves_of_a_modulation() -> None:
     body = {f"blocks.{i}.mlp.fc1.weight": (32, 8) for i in range(3)} | {f"blocks.{i}.attn.proj.weight": (8, 8) for i in range(3)}
     source = body | {"final_layer.adaLN_modulation.1.weight": (16, 8), "final_layer.adaLN_modulation.1.bias": (16,)}

@@ -139,8 +139,8 @@ def test_layers_of_a_sequence_are_run_in_its_order(sequence: bool) -> None:
 @pytest.mark.parametrize(
     ("names", "anchor", "near"),
     [
-        (("convPa", "convDa"), "convPb", [1, 0]),
-        (("score.a", "other.a"), "score.b", [1, 0]),  # by whole parts
+        (("convPa", "convDa"), "convPb", [0, 1]),
+        (("score.a", "other.a"), "score.b", [0, 1]),  # by whole parts
         (("layer10", "layer2"), "layer1", [0, 0]),  # numbers are no letters
     ],
 )

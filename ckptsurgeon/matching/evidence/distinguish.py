@@ -135,7 +135,7 @@ def spelt(parts: Iterable[str]) -> Spelt:
 
 
 def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
-    """How many more parts of its path each node shares with another than the farthest does; equal but for numbers is one more.
+    """How many fewer parts of its path each node shares with another than the nearest does; equal but for numbers is one more.
 
     Where all share as many, that one is nearer whose name begins as the other's does for longest (`convPa` of `convPb`).
     """
@@ -145,7 +145,7 @@ def nearness(nodes: Sequence[Node], anchor: Node) -> list[int]:
         longest = max(begun_alike)
         if longest >= _LEAST_BEGINNING and begun_alike.count(longest) == 1:
             near = [int(length == longest) for length in begun_alike]
-    return [value - min(near) for value in near]
+    return [max(near) - value for value in near]
 
 
 def _same_beginning(first: str, second: str, at: int) -> int:

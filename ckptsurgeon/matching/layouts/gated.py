@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of, unit_of, word
+from ckptsurgeon.matching.layouts.sides import Side, Sides, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "gate and up"
@@ -49,21 +49,42 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a fused matrix, also one of all experts, that both sides have under names of their own."""
     (key,), (name,) = link.sources, link.targets
-    both = own_concepts(key), own_concepts(name)
-    shape = sides.target.tensors[name].shape
-    if link.op or word(key) == word(name) or not any({"gate", "up"} <= words for words in both) or len(shape) not in (2, 3):
+    if link.op or word(key) == word(name) or len(sides.target.tensors[name].shape) not in (2, 3):
         return ()
-    beside = {size for other in sides.target.under(parent_of(name)) if other != name for size in sides.target.tensors[other].shape}
-    dim = next((at for at in range(len(shape) - 2, len(shape)) if shape[at] % 2 == 0 and shape[at] // 2 in beside), None)
-    if dim is None:
+    said = any({"gate", "up"} <= own_concepts(one) for one in (key, name))
+    dim = _doubled(name, sides.target)
+    if dim is None or not (said or (_is_gated(key, sides.source) and _is_gated(name, sides.target))):
         return ()
     ways = (
         ("the same half is first", ""),
-        ("the halves change places", f"roll(dim={dim}, by={shape[dim] // 2})"),
+        ("the halves change places", f"roll(dim={dim}, by={sides.target.tensors[name].shape[dim] // 2})"),
         ("what lies row by row in turn becomes halves", f"deinterleave(dim={dim}, parts=2)"),
         ("halves become rows in turn", f"interleave(dim={dim}, parts=2)"),
     )
     return tuple(Layout(KIND, words, link.sources, link.targets, op) for words, op in ways)
+
+
+def _doubled(key: str, side: Side) -> int | None:
+    """The dimension of a matrix that is twice one of a tensor beside it."""
+    shape = side.tensors[key].shape
+    beside = {size for other in _beside(key, side) for size in side.tensors[other].shape}
+    return next((at for at in range(len(shape) - 2, len(shape)) if shape[at] % 2 == 0 and shape[at] // 2 in beside), None)
+
+
+def _beside(key: str, side: Side) -> list[str]:
+    """The other tensors of the module that a matrix stands in; of a list, those of its other members too."""
+    parent = parent_of(key)
+    head, _, last = parent.rpartition(".")
+    return [other for other in side.under(head if last.isdigit() else parent) if other != key]
+
+
+def _is_gated(key: str, side: Side) -> bool:
+    """Whether a layer beside a matrix takes half of what that gives, and gives what that takes: one half is multiplied with the other."""
+    shape, words = side.tensors[key].shape, {*own_concepts(key), *own_concepts(parent_of(key))}
+    if len(shape) != 2 or shape[0] % 2 or words & {"q", "k", "v", "kv", "qkv", "attn", "self", "cross"}:
+        return False
+    back = {side.tensors[other].shape for other in _beside(key, side)}
+    return (shape[1], shape[0] // 2) in back and shape[::-1] not in back
 
 
 def _name(part: str) -> str:
