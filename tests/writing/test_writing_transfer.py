@@ -18,6 +18,7 @@ from writing_support import environment
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
+from ckptsurgeon.models.training.staging import Stage
 from ckptsurgeon.models.training.transfer import InFile
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import in_threads
@@ -205,11 +206,11 @@ def test_what_took_new_values_before_the_file_fails_takes_the_old_ones_again(
     assert values_and_state(done) == values_and_state(whole)
     old, new, plain = values_and_state(net), values_and_state(whole), InFile.into
 
-    def into(value: InFile, tensor: torch.Tensor) -> Iterator[Read]:
+    def into(value: InFile, tensor: torch.Tensor, stage: Stage) -> Iterator[Read]:
         if len(seen) == 2:
             os.truncate(path, 0)
         seen.append(values_and_state(net))
-        return plain(value, tensor)
+        return plain(value, tensor, stage)
 
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(InFile, "into", into)

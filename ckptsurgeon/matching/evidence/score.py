@@ -112,10 +112,8 @@ class Table:
         source_words, target_words = self.words[0][row], self.words[1][column]
         shared = {word for word in source_words & target_words if not word.startswith("#")}
         parts = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
-        if not shared and (
-            abbreviated(source_words, target_words)
-            or begun(self.segments[0][row], self.segments[1][column])
-            or self.spelt[0][row].cuts_short(self.spelt[1][column])
+        if abbreviated(source_words - shared, target_words - shared) or (
+            not shared and (begun(self.segments[0][row], self.segments[1][column]) or self.spelt[0][row].cuts_short(self.spelt[1][column]))
         ):
             parts["a name cut short"] = ABBREVIATED
         silent = any(all(word[0] == "#" for word in words) for words in (source_words, target_words))
