@@ -138,7 +138,7 @@ def test_a_forward_pass_chooses_the_layout_of_transformers(place: Path) -> None:
 
 def test_the_targets_configuration_says_how_many_heads(place: Path) -> None:
     found = cs.match("meta.pt", f"{place}:hf")
-    assert [one.kind for one in found.open] == ["rotary", "gate or up"] and found.open[0].variables == ()
+    assert [one.kind for one in found.open] == ["rotary"] and found.open[0].variables == ()
     link = found.by_target[WQ.format(1)]
     assert link.doubt == "layout" and link.clear and not link.certain
     assert [choice.op for choice in link.choices] == ["", *(f"permute_rope(heads={HEADS}, to='{to}')" for to in ("halves", "pairs"))]
@@ -174,9 +174,7 @@ def test_a_plan_is_made_and_says_what_is_open_and_is_not_followed(place: Path) -
     steps = {step.target: step for step in made.steps}
     assert steps[WQ.format(0)].reason.startswith("open: layout") and steps[WQ.format(0)].action == "init"
     assert {row.source for row in made.dropped if row.reason == "open: layout"} == {
-        f"layers.{layer}.{part}.weight"
-        for layer in range(LAYERS)
-        for part in ("attention.wq", "attention.wk", "feed_forward.w1", "feed_forward.w3")
+        f"layers.{layer}.attention.w{part}.weight" for layer in range(LAYERS) for part in "qk"
     }
     with pytest.raises(PlanError, match="none is chosen"):
         cs.apply(made, "out.pt")
@@ -190,7 +188,7 @@ def test_words_and_adapters_settle_it(place: Path) -> None:
     assert torch.equal(net.state_dict()[WQ.format(0)], source["layers.0.attention.wq.weight"])
     op = "permute_rope(heads=kv_heads, to='halves')"
     adapt = {"model.layers.*.self_attn.k_proj.weight": op}
-    cs.transfer("meta.pt", net, match=True, layout=["**.q_proj.weight", "**.mlp.**"], adapt=adapt, numbers={"kv_heads": KV})
+    cs.transfer("meta.pt", net, match=True, layout=["**.q_proj.weight"], adapt=adapt, numbers={"kv_heads": KV})
     assert torch.equal(net.state_dict()[WQ.format(0)], source["layers.0.attention.wq.weight"])
     wanted = permuted(source["layers.1.attention.wk.weight"], KV)
     assert torch.equal(net.state_dict()["model.layers.1.self_attn.k_proj.weight"], wanted)
@@ -198,7 +196,7 @@ def test_words_and_adapters_settle_it(place: Path) -> None:
         f"layers.{{i}}.attention.w{part}.weight -> model.layers.{{i}}.self_attn.{part}_proj.weight": f"permute_rope(heads={n}, to='halves')"
         for part, n in (("q", HEADS), ("k", KV))
     }
-    report = cs.transfer("meta.pt", net, match=True, layout=["**.mlp.**"], adapt=linked)
+    report = cs.transfer("meta.pt", net, match=True, adapt=linked)
     assert len(report.transferred) == len(net.state_dict())
     assert torch.equal(net.state_dict()[WQ.format(1)], permuted(source["layers.1.attention.wq.weight"], HEADS))
 

@@ -48,12 +48,13 @@ def either_gate(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
 
 
 def are_two_counted(names: Collection[str]) -> bool:
-    """Whether names are two that differ by their number alone.
+    """Whether names are two that differ by their number alone, and this does not say what they are.
 
-    >>> are_two_counted({"w1", "w2"}), are_two_counted({"fc11", "fc2"}), are_two_counted({"up", "gate"})
+    >>> are_two_counted({"w1", "w2"}), are_two_counted({"fc11", "fc2"}), are_two_counted({"w1", "w3"})
     (True, True, False)
     """
-    return len({*names}) == 2 and all(name[-1:].isdigit() for name in names) and len({name.rstrip("0123456789") for name in names}) == 1
+    words = {name.rstrip("0123456789") for name in names}
+    return len({*names}) == 2 and len(words) == 1 and words.isdisjoint(names) and not gated([*names])
 
 
 def unsaid_attention(named: Sequence[Node], numbered: Sequence[Node]) -> bool:
