@@ -39,7 +39,6 @@ from ckptsurgeon.tensors import TensorMeta
 Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
-_INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
 _OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
 COUNTED = "such lists are counted up or down, and these are all alike"
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.module_tree import module_of
 from ckptsurgeon.planning.prefixes.find import find_change, find_exchange, rename_all
 from ckptsurgeon.tensors import TensorMeta
 
@@ -21,9 +22,8 @@ _ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
 _PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)")
 _OF_POSITIONS = re.compile(r"pos|rel|wpe|attn_?bias|attention_bias", re.IGNORECASE)  # one of these is in each name of positions
 _OF_TOKENS = re.compile(r"tok|word|vocab|wte", re.IGNORECASE)
-_ROW_FACTOR = re.compile(
-    r"(?<=[^.])[._]lora\d*[._](?:up|b)(?:\.[a-z_]+)?(?=\.weight$|$)", re.IGNORECASE
-)  # with the name of its adapter, as peft has it
+# With the name of its adapter, as peft has it.
+_ROW_FACTOR = re.compile(r"(?<=[^.])[._]lora\d*[._](?:up|b)(?:\.[a-z_]+)?(?=\.weight$|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:^|[._])\d+(?=[._]|$)")
 
 
@@ -54,7 +54,7 @@ def word(key: str) -> str:
 
 def parent_of(key: str) -> str:
     """The module that a tensor's module stands in."""
-    return unit_of(key).rpartition(".")[0]
+    return module_of(unit_of(key))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
-# An output layer is often the embedding itself: what the two are called.
 _KINDS = {"conv", "norm", "attn", "mlp", "first", "second", "final", "encoder", "decoder"}  # what many layers are called
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")  # a number that is a whole part
+# An output layer is often the embedding itself: what the two are called.
 _EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
 
 
@@ -46,9 +46,8 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
             continue
         once = names.get(tuple(sorted(tensor.shape)), [])
         module, owners_module = (name.rpartition(".")[0] for name in (key, owner.targets[0]))
-        lacked = (
-            module != owners_module and fold(module) == fold(owners_module) and _in_a_list(owner.sources[0], lists)
-        )  # not by each member
+        # A member of a list that the source has not: one of its other members is no stand-in.
+        lacked = module != owners_module and fold(module) == fold(owners_module) and _in_a_list(owner.sources[0], lists)
         if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
             tied += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
     return tied
