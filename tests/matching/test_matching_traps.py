@@ -8,7 +8,9 @@ import time
 import pytest
 from pairs_support import meta
 
+from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Side = dict[str, TensorMeta]
@@ -240,3 +242,14 @@ def test_layers_that_all_are_counted_keep_their_order(in_order: bool) -> None:
     found = {link.sources[0]: link.targets[0] for link in links if link.certain}
     assert {key: name for key, name in found.items() if key in truth and truth[key] != name} == {}
     assert {truth[key] for key in found if key in truth} >= {f"stage.{number}.branch2.{at}.weight" for number in (1, 2) for at in (0, 3, 5)}
+
+
+def test_where_two_layers_cross_no_layer_of_their_module_is_sure() -> None:
+    """However many it has, and wherever the two stand."""
+    many = [1, 0, *range(2, 40)]
+    source, target = ({f"net.{name}{at}.weight": meta(f"net.{name}{at}.weight", (4, 4)) for at in many} for name in ("part", "piece"))
+    links = [Link((f"net.part{at}.weight",), (f"net.piece{to}.weight",), "", 5.0, ("same shape",)) for at, to in enumerate(many)]
+    crossed = {link.targets[0] for link, _ in across(links, source, target)}
+    assert crossed == target.keys()
+    straight = [Link((f"net.part{at}.weight",), (f"net.piece{at}.weight",), "", 5.0, ("same shape",)) for at in many]
+    assert not list(across(straight, source, target))
