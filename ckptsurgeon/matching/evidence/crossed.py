@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import combinations, islice
+from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.distinguish import written
 from ckptsurgeon.matching.evidence.score import PAIRED_ELSEWHERE
@@ -20,9 +21,25 @@ _DEPTHS = (2, 3)  # of the segment that is exchanged, from the end of a key: a l
 _MOST = 8  # links of one module that are compared with each other
 _KINDS = SAYS_NOTHING | {"conv", "norm", "attn", "mlp"}  # words that several parts of one module may have
 _HINT = 0.25  # what such a word in common counts
-_EARLY, _LATE = frozenset({"first", "preattn", "attn", "#0"}), frozenset({"mlp", "postattn", "premlp", "second", "#2"})  # norms of a layer
-_THIRD = "#3"
+_EARLY, _LATE = (
+    frozenset({"first", "preattn", "attn", "#0"}),
+    frozenset({"mlp", "postattn", "premlp", "postmlp", "second", "#2"}),
+)  # norms of a layer
 _CLEARLY = 1.0  # how much better an exchange must be
+
+
+class _Beside(NamedTuple):
+    """What else stands in a layer: a third of a kind, or a norm behind the MLP, which leaves the one behind the attention the first."""
+
+    third: bool
+    behind_mlp: bool
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> _Beside:
+        """What these layers of one module, by their names, tell of each other."""
+        words = frozenset().union(*map(concepts, names))
+        return cls("#3" in words, "postmlp" in words)
+
 
 Signature = frozenset[tuple[str, tuple[int, ...]]]
 
@@ -42,8 +59,7 @@ def exchangeable(
             if old and new and not old.isdigit() and not new.isdigit():
                 groups.setdefault((here, rest, there, tail, inside[0][f"{here}{old}"]), []).append((old, new, link))
     for (here, rest, there, tail, _), members in groups.items():
-        thirds = any(_THIRD in concepts(old) for old, _, _ in members), any(_THIRD in concepts(new) for _, new, _ in members)
-        agree = partial(_agree, thirds=thirds)
+        agree = partial(_agree, beside=(_Beside.of(old for old, _, _ in members), _Beside.of(new for _, new, _ in members)))
         for (old, new, link), (other_old, other_new, other) in combinations(members[:_MOST], 2):
             straight = agree(old, new) + agree(other_old, other_new)
             exchanged = agree(old, other_new) + agree(other_old, new)
@@ -117,10 +133,10 @@ def _numbers(name: str) -> list[int]:
 
 
 @cache
-def _agree(old: str, new: str, thirds: tuple[bool, bool]) -> float:
+def _agree(old: str, new: str, beside: tuple[_Beside, _Beside]) -> float:
     """How much two names agree: in words, in numbers, and a little in words that several names have.
 
-    `thirds` says on which side the second of a kind is not the last.
+    `beside` is what else stands there, on either side.
     """
     every, others = frozenset(concepts(old)), frozenset(concepts(new))
     shared = frozenset(word for word in every & others if word[0] != "#" and (len(word) > 1 or word in "qkv"))
@@ -128,7 +144,7 @@ def _agree(old: str, new: str, thirds: tuple[bool, bool]) -> float:
     points += bool(shared - _KINDS) + _HINT * bool(shared & _KINDS)
     points += _HINT * bool(shared - _KINDS and written(old) & written(new))
     if "norm" in shared:
-        late, other_late = _is_late(every, thirds[0]), _is_late(others, thirds[1])
+        late, other_late = (_is_late(*pair) for pair in zip((every, others), beside, strict=True))
         points += 0 if late is None or other_late is None else 1 if late == other_late else -2
     numbers, other_numbers = _numbers(old), _numbers(new)
     if numbers and other_numbers:
@@ -136,7 +152,8 @@ def _agree(old: str, new: str, thirds: tuple[bool, bool]) -> float:
     return points
 
 
-def _is_late(words: frozenset[str], has_third: bool) -> bool | None:
+def _is_late(words: frozenset[str], beside: _Beside) -> bool | None:
     """Whether a norm stands behind the attention of its layer; None where its name does not say, as in a layer with two attentions."""
-    early, late = bool(words & _EARLY), bool(words & (_LATE - {"#2"} if has_third else _LATE))
+    first = {"postattn"} if beside.behind_mlp else set()
+    early, late = bool(words & (_EARLY | first)), bool(words & (_LATE - first - ({"#2"} if beside.third else set())))
     return None if early == late or "cross" in words else late

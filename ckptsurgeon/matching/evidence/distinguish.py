@@ -199,9 +199,11 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
         )
         if any(number and not position for position, number in zip(positions, numbers, strict=True)) and not set(mixed) <= {-100, 100}:
             return None
-        if silent and not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
-            return None  # of two, the one that is not said to be first is the second
-        unsaid = 0 if not silent else _ORDINALS["attn"] if _norms_of_a_layer(nodes) else 50
+        unsaid = _unsaid_norm(nodes, [at for at in range(len(nodes)) if at not in silent]) if silent else 0
+        if unsaid is None:
+            if not (len(nodes) == 2 and positions[1 - silent[0]][0] in _ENDS):
+                return None  # of two, the one that is not said to be first is the second
+            unsaid = 50
         sort_keys = [((position or [unsaid])[0], *number) for position, number in zip(positions, numbers, strict=True)]
     elif not counted:
         return None
@@ -210,10 +212,17 @@ def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int
     return ranks(sort_keys) if len(set(sort_keys)) == len(sort_keys) else None
 
 
-def _norms_of_a_layer(nodes: Sequence[Node]) -> bool:
-    """Whether nodes are norms of one module, of which one is the MLP's: the other is the attention's, which is first."""
+def _unsaid_norm(nodes: Sequence[Node], said: Sequence[int]) -> int | None:
+    """The place of the one norm of a layer that is not said to be the attention's or the MLP's: it is that of the other of these two.
+
+    None where nodes are no norms of one module, or where not one alone is unsaid.
+    """
     words = [frozenset(concepts(node.name)) for node in nodes]
-    return len({node.parent for node in nodes}) == 1 and all("norm" in own for own in words) and any("mlp" in own for own in words)
+    if len(said) != len(nodes) - 1 or len({node.parent for node in nodes}) > 1 or not all("norm" in own for own in words):
+        return None
+    if any("mlp" in words[at] for at in said):
+        return _ORDINALS["attn"] if len(nodes) == 2 else None
+    return _ORDINALS["mlp"] if len(nodes) > 2 and all("attn" in words[at] for at in said) else None
 
 
 def _own_numbers(nodes: Sequence[Node]) -> list[list[int]]:

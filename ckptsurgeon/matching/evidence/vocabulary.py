@@ -29,6 +29,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"w_?h([rznifgoc])|h2([rznifgoc])", r"hh.\1\2"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
+    (r"(e_)?score_correction_bias(?=$)", "expert.bias"),
     (r"dense_h_to_4h", "up"),
     (r"dense_4h_to_h", "down"),
     (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|w1_?w?3|fc1_gu", "gate.up"),
