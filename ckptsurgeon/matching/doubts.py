@@ -186,7 +186,11 @@ def _idle(link: Link, facts: Facts, idle: Mapping[tuple[str, tuple[int, ...]], l
     """The doubt of one link, if an idle key is as good as its own; the first of them is shown."""
     (key,) = link.sources
     others = idle.get((fold(key), squeezed(facts.source[key].shape)), ())
-    if not others or _numbers(facts.bare.get(key, key)) == _numbers(link.targets[0]) or _counted_alike(key, link.targets[0], others):
+    numbers = _numbers(link.targets[0])
+    own, *theirs = (_numbers(facts.bare.get(name, name)) for name in (key, *others))
+    if not others or own == numbers or _counted_alike(key, link.targets[0], others):
+        return None
+    if own and _in_turn(own, numbers) and not any(_in_turn(rival, numbers) for rival in theirs):
         return None
     first, rival = sorted((key, others[0]), key=lambda candidate: positions[candidate])
     return Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))
@@ -364,6 +368,12 @@ def _open(facts: Facts) -> Iterator[Link]:
 
 def _numbers(key: str) -> list[str]:
     return _NUMBER.findall(key)
+
+
+def _in_turn(numbers: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether numbers stand in this order among others."""
+    rest = iter(others)
+    return all(number in rest for number in numbers)
 
 
 _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (

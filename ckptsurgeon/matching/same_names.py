@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from math import inf
 
 from ckptsurgeon.matching.module_tree import fold
@@ -23,6 +23,7 @@ Again = Callable[[Tensors, Tensors], list[Link]]  # matches what is left over
 Judge = Callable[[list[Link]], list[Link]]  # takes their margins from links that are less sure than they look
 SAME, SHIFTED = "same name and shape", "its whole list is shifted"
 _NUMBER = re.compile(r"\d+")
+_MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 
 
 def prefer_equal_names(
@@ -39,7 +40,7 @@ def prefer_equal_names(
     `bare` are the source's keys as the target's names would call them. Given back beside the links: the equal names that were followed.
     """
     turned = _turned(matched, same, source)
-    links = _joined(matched, same, turned, source, target, again)
+    links = _joined(matched, same, bare, turned, source, target, again)
     shifts = _shifts(matched, same, bare)
     if not shifts:
         return links, dict(same)
@@ -47,7 +48,7 @@ def prefer_equal_names(
     for shift in shifts:
         kept = {key: name for key, name in same.items() if not shift.holds(key, name)}
         shifted = [_shifted(link) if shift.holds(link.sources[0], link.targets[0]) else link for link in matched]
-        rejoined = _joined(shifted, kept, turned, source, target, again)
+        rejoined = _joined(shifted, kept, bare, turned, source, target, again)
         if _explained(judge(rejoined), shift) > _explained(judged, shift):
             same, matched, links = kept, shifted, rejoined
             judged = judge(links)
@@ -59,17 +60,24 @@ def _shifted(link: Link) -> Link:
 
 
 def _joined(
-    matched: Sequence[Link], same: Mapping[str, str], turned: Mapping[str, Link], source: Tensors, target: Tensors, again: Again
+    matched: Sequence[Link],
+    same: Mapping[str, str],
+    bare: Mapping[str, str],
+    turned: Mapping[str, Link],
+    source: Tensors,
+    target: Tensors,
+    again: Again,
 ) -> list[Link]:
     """Links of equal names, those that were found and touch none of their keys, and what can be found in the rest."""
     names = {*same.values()}
+    members = frozenset(_members(names))
     links = [turned.get(key) or Link((key,), (name,), "", inf, (SAME,)) for key, name in same.items()]
     stays = [link for link in matched if not (any(key in same for key in link.sources) or names.intersection(link.targets))]
     often = Counter(key for link in matched for key in link.sources)
     stays += [link for link in matched if _shares(link, often, same, names)]
     freed = len(stays) + sum(same.get(link.sources[0]) == link.targets[0] for link in matched if len(link.sources) == 1) < len(matched)
     if not freed:
-        return links + stays
+        return links + _at_home(stays, bare, members)
     sure = [link for link in stays if link.certain]
     used, reached = _keys(chain(links, sure))
     source_rest = {key: tensor for key, tensor in source.items() if key not in used}
@@ -77,7 +85,29 @@ def _joined(
     more = again(source_rest, target_rest) if source_rest and target_rest else []
     used, reached = _keys(more)
     doubtful = [link for link in stays if not link.certain and reached.isdisjoint(link.targets) and used.isdisjoint(link.sources)]
-    return [*links, *sure, *more, *doubtful]
+    return [*links, *sure, *_at_home([*more, *doubtful], bare, members)]
+
+
+def _members(names: Iterable[str]) -> Iterator[str]:
+    """The members of numbered lists that names stand in, by their paths."""
+    return (name[: found.end()] for name in names for found in _MEMBER.finditer(name))
+
+
+def _at_home(links: Iterable[Link], bare: Mapping[str, str], members: Set[str]) -> list[Link]:
+    """The links without doubtful ones that leave their member of a list."""
+    return [link for link in links if link.certain or not _strays(link, bare, members)]
+
+
+def _strays(link: Link, bare: Mapping[str, str], members: Set[str]) -> bool:
+    """Whether a link goes from one member of a list to another of that list, though each of them goes to the one of its own number."""
+    for key, name in product((bare[key] for key in link.sources), link.targets):
+        for found, other in zip(_MEMBER.finditer(key), _MEMBER.finditer(name), strict=False):
+            if found[0] != other[0]:
+                heads = key[: found.end()], name[: other.end()]
+                if heads[0][: found.start()] == heads[1][: other.start()] and members >= {*heads}:
+                    return True
+                break
+    return False
 
 
 def _shares(link: Link, often: Mapping[str, int], same: Mapping[str, str], names: set[str]) -> bool:

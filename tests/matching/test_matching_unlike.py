@@ -103,3 +103,16 @@ def test_some_blocks_of_another_size_are_another_part_of_the_same_model(torn: in
 def test_a_wider_mlp_in_each_block_is_the_same_model() -> None:
     wider = [(key, tuple(64 if size == 32 else size for size in shape)) for key, shape in WORDS]
     assert found(WORDS, wider)[1] == ""
+
+
+@pytest.mark.parametrize("squeezed", [6, 4], ids=["another size", "the same"])
+def test_blocks_whose_parts_of_one_name_are_of_other_sizes_are_of_other_models(squeezed: int) -> None:
+    def net(head: str, squeeze: str, out: str, first: int) -> Rows:
+        rows: Rows = [(f"{head}.stem.weight", (16, 3, 3, 3))]
+        for at in range(5):
+            wide = first if at == 0 else 4
+            rows += [(f"{head}.{at}.{squeeze}.weight", (wide, 16 + at, 1, 1)), (f"{head}.{at}.{out}.weight", (17 + at, 4, 3, 3))]
+        return rows
+
+    share, why = found(net("features", "squeeze", "expand3x3", 4), net("stages", "squeeze.conv", "expand3x3.conv", squeezed))
+    assert share > 0.7 and bool(why) == (squeezed != 4) and ("of other sizes" in why) == bool(why)

@@ -67,8 +67,8 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
         return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
     by_count = {_counted(kernel.name): kernel for kernel in kernels}
     counts = [_counted(norm.name) for norm in norms]
-    if len(norms) == len(kernels) == len(by_count) and sorted(by_count) == sorted(counts):  # `bn1` is of `conv1`
-        return [(norm, by_count[count]) for norm, count in zip(norms, counts, strict=True)]
+    if len(kernels) == len(by_count) and set(by_count) <= set(counts) and len(norms) == len({*counts}):  # `bn1` is of `conv1`
+        return [(norm, by_count[count]) for norm, count in zip(norms, counts, strict=True) if count in by_count]
     if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
         counted = sorted(norms, key=lambda norm: norm.numbers)
         chains = [chain for chain in permutations(kernels) if _is_chain(chain, counted)]

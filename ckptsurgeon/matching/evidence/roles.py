@@ -117,7 +117,7 @@ def role_of(key: str, side: Tensors) -> str | None:
     if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
         return _STEM
     if len(shape) != 2:
-        return _HEAD if _is_matrix(shape) and words & {"head", "lm"} else None
+        return _HEAD if _is_matrix(shape) and (words & {"head", "lm"} or module in _HEADS) else None
     if "pos" in words:
         return _PLACES
     last = set(concepts(module.rpartition(".")[2]))

@@ -36,6 +36,7 @@ from ckptsurgeon.progress import beat
 
 AGAINST_IT, PAIRED_ELSEWHERE = "against it", "paired so elsewhere"
 WORD = 3.0  # a word that tells look-alikes apart is on both sides
+NO_MORE = 1.0  # neither name says more than the other
 WRITTEN = 1.0  # the same word as it is written, where what the words mean tells nothing on one side
 ABBREVIATED = 1.8  # one side's word begins the other's
 AGAINST = -2.0  # names exclude each other; twice that for roles
@@ -112,6 +113,8 @@ class Table:
         source_words, target_words = self.words[0][row], self.words[1][column]
         shared = {word for word in source_words & target_words if not word.startswith("#")}
         parts = {"names: " + ", ".join(sorted(shared)): WORD * len(shared)} if shared else {}
+        if shared and source_words == target_words:
+            parts["neither name says more"] = NO_MORE
         if abbreviated(source_words - shared, target_words - shared) or (
             not shared and (begun(self.segments[0][row], self.segments[1][column]) or self.spelt[0][row].cuts_short(self.spelt[1][column]))
         ):

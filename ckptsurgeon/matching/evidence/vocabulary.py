@@ -51,7 +51,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"(up|down)convs?", r"\1.conv"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
     (r"generator(\.proj)?(?=(\.(weight|bias))?$)", "head.lm"),  # as a layer, not as a part of a model
-    (r"lm_head|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?", "head.lm"),
+    (r"lm_head|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?|(word_)?embeddings?_for_head", "head.lm"),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
         "shortcut",
@@ -67,8 +67,8 @@ _INITIALS = re.compile(r"([A-Z]{2,})([a-z]+)")
 # A word, and the concepts that it stands for.
 _WORDS: dict[str, str] = {}
 for _concept, _spellings in (
-    ("q", "q query queries wq theta qw"),
-    ("k", "k key keys wk phi"),
+    ("q", "q query queries wq qw"),
+    ("k", "k key keys wk"),
     ("v", "v value values wv val"),
     ("qkv", "qkv"),
     ("kv", "kv"),
@@ -156,6 +156,7 @@ _KINDS = (
     {"lm", "shared"},
     {"head", "tok"},
 )
+KIND_WORDS = frozenset().union(*_KINDS)
 _DIMENSIONS = {"d1", "d2", "d3"}  # `conv2d` counts dimensions
 _INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # words that say several
 # Words that anything may be called.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptsurgeon.matching.evidence.support import OF_BOTH
-from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.evidence.vocabulary import KIND_WORDS, concepts, conflict
 from ckptsurgeon.matching.module_tree import Shape, is_float, module_of, squeezed
 from ckptsurgeon.matching.pairing import Record
 from ckptsurgeon.planning.links import ENOUGH, Link
@@ -168,9 +168,10 @@ def _named(source: TensorMeta, target: TensorMeta, here: str, there: str) -> boo
     if source.shape != target.shape or is_float(source) != is_float(target) or not squeezed(source.shape):
         return False
     source_words, target_words = _words_below(source, here), _words_below(target, there)
-    return bool(source_words and target_words) and (
-        source_words == target_words or (source_words[-1] == target_words[-1] and set(source_words) <= {*target_words, *_IMPLIED})
-    )
+    if not source_words or not target_words or source_words[-1] != target_words[-1]:
+        return False
+    more = set(target_words) - {*source_words, *_IMPLIED}
+    return source_words == target_words or (set(source_words) <= {*target_words, *_IMPLIED} and more.isdisjoint(KIND_WORDS))
 
 
 def _named_traits(tensor: TensorMeta, path: str) -> list[Hashable]:

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from ckptsurgeon.matching.evidence.roles import role_of
-from ckptsurgeon.matching.evidence.vocabulary import concepts
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides
-from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.matching.module_tree import is_float, module_of
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
@@ -22,9 +22,11 @@ from ckptsurgeon.tensors import TensorMeta
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 _BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
 _BARE = 0.25  # of a block's tensors, below which it has no partner
+_KINDS = {"conv", "norm", "relpos", "pos"}  # words of a block that say little, or of tables that have the size of the input
 _MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
 NEARLY_ALL = 0.8  # the same between two namings, uncertain links included
 Tensors = Mapping[str, TensorMeta]
+_Left = Mapping[frozenset[str], Mapping[tuple[int, ...], str]]
 
 
 def share_of(done: Collection[str], side: Tensors) -> float:
@@ -71,7 +73,8 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
         threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
         return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
     fits = any(key in done for (done, _), keys in zip(sides, inputs, strict=True) for key in keys)
-    return "" if fits or not all(inputs) else _deeper(taken, source) or _deeper(reached, target)
+    deeper = "" if fits or not all(inputs) else _deeper(taken, source) or _deeper(reached, target)
+    return deeper or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
 
 
 def _deeper(done: Collection[str], side: Tensors) -> str:
@@ -96,6 +99,28 @@ def _deeper(done: Collection[str], side: Tensors) -> str:
                     words = f"of {len(numbers)} equal blocks such as {head}{numbers[0]}, {alone} have no partner"
                     return f"{words}, and what reads the input is of another size"
     return ""
+
+
+def _left_in_blocks(done: Collection[str], side: Tensors) -> _Left:
+    """The matrices without a partner that stand in blocks of which other tensors have one, by what they are called there and their
+    shapes."""
+    torn = {key[: found.end()] for key in done for found in _MEMBER.finditer(key)}
+    left: dict[frozenset[str], dict[tuple[int, ...], str]] = {}
+    for key in (key for key in side if key not in done):
+        *_, block = ("", *(key[: found.end()] for found in _MEMBER.finditer(f"{module_of(module_of(key))}.")))
+        words = frozenset(word for word in concepts(key[len(block) :]) if word[0] != "#") - SAYS_NOTHING - _KINDS
+        if words and block in torn and len(side[key].shape) > 1 and _sized(key, side) is None:
+            left.setdefault(words, {}).setdefault(side[key].shape, key)
+    return left
+
+
+def _other_sizes(left: _Left, other_left: _Left) -> str:
+    """Two matrices that are called alike in blocks that go together for the rest, and are of other sizes: so the models are."""
+    words = next((words for words, shapes in left.items() if words in other_left and shapes.keys().isdisjoint(other_left[words])), None)
+    if words is None:
+        return ""
+    first, second = (next(iter(some[words].values())) for some in (left, other_left))
+    return f"{first} and {second} are of other sizes, in blocks of which the rest goes together"
 
 
 def _torn(names: Mapping[str, str], source: Tensors, target: Tensors) -> str:
