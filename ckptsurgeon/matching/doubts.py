@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
+from ckptsurgeon.matching.evidence.lacking import stand_ins
 from ckptsurgeon.matching.evidence.lists import (
     all_alike,
     by_lists,
@@ -362,6 +363,13 @@ def _counted_across(facts: Facts) -> _Doubts:
             yield Doubt(link, "numbers are crossed in its module", rival)
 
 
+def _stand_ins(facts: Facts) -> _Doubts:
+    """What may stand in for a tensor that the source lacks."""
+    for link, words, rival in stand_ins(facts.links, facts.source, facts.target):
+        if not facts.named(link):
+            yield Doubt(link, words, rival)
+
+
 def _open(facts: Facts) -> Iterator[Link]:
     return (link for link in facts.links if link.clear and not facts.named(link))
 
@@ -386,5 +394,6 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _exchanged,
     _counted_across,
     _exchangeable_parts,
+    _stand_ins,
     _shape_alone,
 )

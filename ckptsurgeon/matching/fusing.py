@@ -199,7 +199,7 @@ class _Pieces:
         for _, family in sorted(families.items()):
             group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
             for parts, margin in _orders(group, whole) if len(group) > 1 else ():
-                if _adds_up(whole.main, parts):
+                if _adds_up(whole.main, parts) and _may_hold(whole, parts):
                     return parts, margin, "its parts side by side"
         if len(whole.main) == 2:
             return _in_a_row(whole, [row for row in self.single if not any(id(unit) in self.taken for unit in row)])
@@ -240,17 +240,24 @@ def _is_part(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
 
 def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
     """Numbered units that are one matrix side by side, in their order; the row whose names say most of what the whole's do."""
-    fits = [row for row in rows if len(row) > 1 and len({unit.main for unit in row}) == 1 and _adds_up(whole.main, row)]
+    alike = [row for row in rows if len(row) > 1 and len({unit.main for unit in row}) == 1]
+    fits = [row for row in alike if _may_hold(whole, row) and _adds_up(whole.main, row)]
     if not fits:
         return None
     whole_words = set(concepts(whole.path))
-    alike = [
+    shares = [
         len(whole_words & row_words) / len(whole_words | row_words)
         for row in fits
         for row_words in (set(concepts(_row_of(row[0]).replace("{}", ""))),)
     ]
-    best = max(alike)
-    return tuple(fits[alike.index(best)]), inf if alike.count(best) == 1 else 0.5, "one for each number, side by side"
+    best = max(shares)
+    return tuple(fits[shares.index(best)]), inf if shares.count(best) == 1 else 0.5, "one for each number, side by side"
+
+
+def _may_hold(whole: Node, parts: Sequence[Node]) -> bool:
+    """Whether parts are of one member of each list, or in more lists than their whole: a layer does not hold one part of each layer."""
+    members = [[part for part in unit.path.split(".") if part.isdigit()] for unit in (whole, *parts)]
+    return all(parts_of == members[1] for parts_of in members[1:]) or len(members[1]) > len(members[0])
 
 
 def _row_of(unit: Node) -> str:

@@ -63,7 +63,10 @@ def match(
     around = (source, target) if around is None else around
     names = spelled(around[0]), spelled(around[1])
     source_side, target_side = sides(renamed(source, names[0]), renamed(target, names[1]))
-    plain = _match_plain(source_side.tensors, target_side.tensors, target_side.ties([[names[1][key] for key in tied] for tied in ties]))
+    ordered = has_order(looked_at(source)) and has_order(looked_at(target))  # other names may undo the alphabet's order
+    plain = _match_plain(
+        source_side.tensors, target_side.tensors, target_side.ties([[names[1][key] for key in tied] for tied in ties]), ordered
+    )
     if source_side.low_rank:  # of factors, which have the rows of a weight or its columns
         links = with_doubts(as_stored(plain.links, source_side, target_side), *map(renamed, around, names))
     else:
@@ -107,7 +110,7 @@ def _paths(rival: str, paths: Iterable[Callable[[str], str]]) -> str:
     return " -> ".join(back(path) for path, back in zip(rival.split(" -> "), paths, strict=True)) if rival.count(" -> ") == 1 else rival
 
 
-def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequence[str]]) -> Matching:
+def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequence[str]], ordered: bool) -> Matching:
     """The mapping of what plain models have: a weight as one tensor, whatever holds it."""
     seen = looked_at(all_source), looked_at(all_target)
     towers = gathered(*seen), gathered(*seen[::-1])
@@ -116,15 +119,16 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     source, target = map(renamed, seen, names)
     ties = [[names[1].get(key, key) for key in tied] for tied in ties]
     same, bare = _names(source, target)
-    facts = Facts((), source, target, same, bare, has_order(source) and has_order(target))
+    ordered = ordered and has_order(source) and has_order(target)
+    facts = Facts((), source, target, same, bare, ordered)
     whole = len(same) == min(len(source), len(target))
-    links, trust = ([], 0.0) if whole else _look(source, target)
+    links, trust = ([], 0.0) if whole else _look(source, target, ordered)
 
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
 
     links, same = prefer_equal_names(
-        links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, rest=True)[0], judge
+        links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, ordered, rest=True)[0], judge
     )
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
     links = _towered(_tied(links, ties), source, target, same)
@@ -173,21 +177,21 @@ def _exchanged(
     }
 
 
-def _look(source: Tensors, target: Tensors, rest: bool = False) -> tuple[list[Link], float]:
+def _look(source: Tensors, target: Tensors, ordered: bool, rest: bool = False) -> tuple[list[Link], float]:
     """Links by structure, order and words, turned where more fits so, and how far the order of keys was trusted.
 
     Of a `rest` that equal names left over, no source is shared by several targets: who else has it is not known there.
     """
     names = unwrapped(source), unwrapped(target)
-    links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]), rest)
+    links, trust = _turned_or_not(renamed(source, names[0]), renamed(target, names[1]), ordered, rest)
     return _named_back(links, *names), trust
 
 
-def _turned_or_not(source: Tensors, target: Tensors, rest: bool) -> tuple[list[Link], float]:
-    as_is = _match(source, target, Turned(source), rest)
+def _turned_or_not(source: Tensors, target: Tensors, ordered: bool, rest: bool) -> tuple[list[Link], float]:
+    as_is = _match(source, target, Turned(source), ordered, rest)
     about = turned(source, target)
     if about.ops:
-        as_turned = _match(source, target, about, rest)
+        as_turned = _match(source, target, about, ordered, rest)
         if _worth(as_turned[0], target) > _worth(as_is[0], target):
             return as_turned
     return as_is
@@ -200,9 +204,9 @@ def _worth(links: Iterable[Link], target: Tensors) -> tuple[int, int]:
     return sum(target[key].numel for link in certain for key in link.targets), shared
 
 
-def _match(source: Tensors, target: Tensors, about: Turned, rest: bool) -> tuple[list[Link], float]:
+def _match(source: Tensors, target: Tensors, about: Turned, ordered: bool, rest: bool) -> tuple[list[Link], float]:
     source_tree, target_tree = both(map(about.seen, source.values()), target.values())
-    ordered = has_order(source) and has_order(target)
+    ordered = ordered and has_order(source) and has_order(target)
     rows = list_lengths(source_tree) | list_lengths(target_tree)
     known = Clues(
         ordered=ordered,

@@ -26,6 +26,7 @@ _LAST = {
     for name in (*(role for role in ROLES if len(role) > 3), *(name.format("weight") for form in FORMS for name in form.names), *PAIRED)
 }
 _ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
+_COPY = re.compile(r":\d{1,3}$")  # behind TensorFlow's names
 _MOST_HEADS = 4
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
@@ -83,12 +84,12 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     >>> spelled({"down_blocks_0_ff_netweight": TensorMeta("down_blocks_0_ff_netweight", "F32", (2,), (1,))})
     {'down_blocks_0_ff_netweight': 'down_blocks.0.ff_net.weight'}
     """
-    modules = [_ROLE.sub("", key) for key in tensors]
+    modules = [_ROLE.sub("", _COPY.sub("", key)) for key in tensors]
     seams = _SEAMS[:1] if any("." in key or "/" in key for key in tensors) else _SEAMS  # where one is, no separator was lost
     seam = next((seam for seam in seams if any(seam.search(module) for module in modules)), None)
     if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
         return unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
-    return unique({key: key.replace("/", ".") for key in tensors})
+    return unique({key: _COPY.sub("", key.replace("/", ".")) for key in tensors})
 
 
 def unwrapped(tensors: Tensors) -> dict[str, str]:
@@ -97,7 +98,7 @@ def unwrapped(tensors: Tensors) -> dict[str, str]:
 
 
 def _seamed(key: str, module: str, seam: re.Pattern[str]) -> str:
-    role = _ROLE.search(key)
+    role = _ROLE.search(_COPY.sub("", key))
     parts = [*seam.sub(r".\1.", module.replace("/", ".")).strip(".").split("."), *([_LAST[re.sub("[._]", "", role[1])]] if role else [])]
     return ".".join(part.strip("_") or "_" for part in parts if part)
 

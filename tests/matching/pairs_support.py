@@ -121,9 +121,13 @@ def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
     some = re.search(r"of=(\d+), parts=\[([\d, ]+)\]", link.op)
     if part and some:
         return (some[1], some[2].split(", ")[link.targets.index(key)]) == (part[2], part[1])
+    if part and "unstack" in ops:
+        return link.targets.index(key) == int(part[1])
     if part:
         rows = [pair.target[target].shape[0] for target in link.targets]
         return "chunk" in ops and sum(rows[: link.targets.index(key)]) * int(part[2]) == sum(rows) * int(part[1])
+    if (turned := re.match(r"transpose\(([\d,]+)\)", told)) and "permute" in ops:
+        return f"permute([{turned[1].replace(',', ', ')}])" in link.op
     name = told.partition("(")[0].split(" ")[0]
     if name == "permute_rows" and not ops:
         return False

@@ -46,16 +46,23 @@ def behind(root: Node) -> dict[int, Node]:
     for module in root.nodes:
         vectors = [child for child in module.children if child.leaf and len(child.main) == 1]
         norms = vectors if len(vectors) == 1 else [child for child in vectors if "running_var" in child.tensors]
-        kernels = [_Kernels(tuple(child.units()), child.name) for child in module.children if norms and _is_kernels(child)]
+        parts = [part for child in module.children if norms for part in _layers(child)]
+        kernels = [_Kernels(tuple(part.units()), part.name) for part in parts if _is_kernels(part)]
         if kernels:
             convolutions.update((id(norm), kernel.units[0]) for norm, kernel in _pairs(norms, kernels) if norm.main == (kernel.gives,))
     return convolutions
 
 
+def _layers(child: Node) -> tuple[Node, ...]:
+    """A child of a module; or what is in it, where it is nothing but the word that names of several convolutions begin with."""
+    stem = child.children and not _is_kernels(child) and all(map(_is_kernels, child.children))
+    return child.children if stem else (child,)
+
+
 def _is_kernels(node: Node) -> bool:
     """Whether a node is a convolution, or a plain list of them."""
     units = node.children or (node,)
-    return all(unit.leaf and len(unit.largest.shape) > 2 and (unit is node or unit.name.isdigit()) for unit in units)
+    return all(unit.leaf and len(unit.largest.shape) > 2 and (unit is node or unit.name[-1:].isdigit()) for unit in units)
 
 
 def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple[Node, _Kernels]]:

@@ -25,11 +25,29 @@ _ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses t
 
 def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
-    all_words = [frozenset(_counted(concepts(node.path))) for node in nodes]
+    all_words = [frozenset(_counted(concepts(node.path))) | _said_by_place(node) for node in nodes]
     common = frozenset.intersection(*all_words) if len(all_words) > 1 else frozenset()
     last = [_last_word(node) for node in nodes]
     gates = gated(last)
     return [words - common | {gates[name] for _ in "." if name in gates} for words, name in zip(all_words, last, strict=True)]
+
+
+def streams(words: list[frozenset[str]], others: list[frozenset[str]]) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
+    """The words of two sides, where a stream that one side calls `added` is what the other says: the text, or else the image."""
+    every = [frozenset().union(*side) for side in (words, others)]
+    said = [next((word for word in ("text", "image") if word in rest), "added") for rest in every[::-1]]
+    sides = [
+        [own - {"added"} | {name} if "added" in own and "added" not in rest else own for own in side]
+        for side, name, rest in zip((words, others), said, every[::-1], strict=True)
+    ]
+    return sides[0], sides[1]
+
+
+def _said_by_place(node: Node) -> frozenset[str]:
+    """What a name that says nothing stands for by its place: the projection of an attention is its output."""
+    plain = {word for word in concepts(node.name) if word[0] != "#"} <= {"proj", "linear"}
+    around = concepts(node.path[: -len(node.name)].rstrip(".").rpartition(".")[2]) if plain and node.leaf else ()
+    return frozenset({"out"}) if {"attn", "self", "cross"} & {*around} else frozenset()
 
 
 def _counted(words: Sequence[str]) -> Iterator[str]:

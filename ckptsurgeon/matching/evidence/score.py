@@ -24,6 +24,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     ranks,
     slots,
     spelt,
+    streams,
     telling,
     telling_segments,
     telling_words,
@@ -94,7 +95,7 @@ class Table:
 
     def __init__(self, sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> None:
         self.sources, self.targets, self.clues = sources, targets, clues
-        self.words = tuple(telling(nodes) for nodes in (sources, targets))
+        self.words = streams(telling(sources), telling(targets))
         self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
         self.spelt = tuple([spelt(parts) for parts in side] for side in self.segments)
         self.written = tuple(telling_words(nodes) for nodes in (sources, targets))
@@ -129,7 +130,7 @@ class Table:
             parts["the same gate" if gate else f"gates {AGAINST_IT}"] = WORD if gate else 2 * AGAINST
         if ("aux" in source_words) != ("aux" in target_words):
             parts["one is auxiliary"] = AGAINST
-        if source.name == target.name:
+        if source.name == target.name and not self._counted_otherwise(source, target):
             parts["same name"] = SAME
         if source.exact == target.exact:
             parts["same shape"] = EXACT
@@ -168,6 +169,11 @@ class Table:
     def evidence(self, row: int, column: int) -> tuple[str, ...]:
         """What spoke for a pair, and what against it."""
         return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
+
+    def _counted_otherwise(self, source: Node, target: Node) -> bool:
+        """Whether one stands among more of its name than the other: the first of two is not the first of three."""
+        counted = source.name[-1:].isdigit() and not source.name.isdigit()
+        return counted and self.clues.rows.get(id(source), 1) != self.clues.rows.get(id(target), 1)
 
     def _named_after(self, row: int, column: int) -> bool:
         """Whether one of two norms is named after an attention or an MLP, and the other stands in the module of that part."""

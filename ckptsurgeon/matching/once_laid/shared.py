@@ -91,8 +91,8 @@ def _shared(key: str, tensor: TensorMeta, owner: Link, once: bool) -> list[Link]
     within = f"{module}.".startswith(f"{owner_module}.") or f"{owner_module}.".startswith(f"{module}.")
     if len(squeezed(tensor.shape)) < 2 and not (last == owner_last and within):
         return []  # a vector only where the one module holds the other (`head.bias` and `head.decoder.bias`)
-    same_name = last == owner_last and (last not in ROLES or last == "bias" or module.rpartition(".")[2] == owner_module.rpartition(".")[2])
-    margin = min(owner.margin, inf if tied or (same_name and once) else 0.5)
+    one_parameter = last == owner_last and (last not in ROLES or within)  # layers of one name and shape are two of a kind
+    margin = min(owner.margin, inf if tied or (one_parameter and once) else 0.5)
     return [Link(owner.sources, (key,), owner.op, margin, (f"the same tensor as {of}",), owner.runner_up if margin < ENOUGH else "")]
 
 

@@ -20,6 +20,7 @@ from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
 
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
+_LEVELS = 4  # of numbered lists around a tensor that are looked at
 _BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
 _BARE = 0.25  # of a block's tensors, below which it has no partner
 _KINDS = {"conv", "norm", "relpos", "pos"}  # words of a block that say little, or of tables that have the size of the input
@@ -104,13 +105,14 @@ def _deeper(done: Collection[str], side: Tensors) -> str:
 def _left_in_blocks(done: Collection[str], side: Tensors) -> _Left:
     """The matrices without a partner that stand in blocks of which other tensors have one, by what they are called there and their
     shapes."""
-    torn = {key[: found.end()] for key in done for found in _MEMBER.finditer(key)}
+    torn = {key[:end] for key in done for end in [found.end() for found in _MEMBER.finditer(key)][-_LEVELS:]}
     left: dict[frozenset[str], dict[tuple[int, ...], str]] = {}
     for key in (key for key in side if key not in done):
-        *_, block = ("", *(key[: found.end()] for found in _MEMBER.finditer(f"{module_of(module_of(key))}.")))
-        words = frozenset(word for word in concepts(key[len(block) :]) if word[0] != "#") - SAYS_NOTHING - _KINDS
-        if words and block in torn and len(side[key].shape) > 1 and _sized(key, side) is None:
-            left.setdefault(words, {}).setdefault(side[key].shape, key)
+        block = key[: max((found.end() for found in _MEMBER.finditer(f"{module_of(module_of(key))}.")), default=0)]
+        if block in torn and len(side[key].shape) > 1 and _sized(key, side) is None:
+            words = frozenset(word for word in concepts(key[len(block) :]) if word[0] != "#") - SAYS_NOTHING - _KINDS
+            if words:
+                left.setdefault(words, {}).setdefault(side[key].shape, key)
     return left
 
 

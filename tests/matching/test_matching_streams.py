@@ -1,0 +1,80 @@
+"""Streams of a layer, names among more of their kind, and the order of keys that other names undo."""
+
+from __future__ import annotations
+
+import pytest
+from test_matching_lacking import ORDERS, Rows, norm, sides, sure
+
+from ckptsurgeon.matching.matcher import match
+
+
+@ORDERS
+@pytest.mark.parametrize(("plain", "added"), [("", "_img"), ("img_", "txt_")], ids=["an image added", "a text added"])
+def test_an_added_stream_is_the_one_that_the_other_side_says(plain: str, added: str, in_order: bool) -> None:
+    def name(stream: str, part: str) -> str:
+        return f"{part}{stream}" if stream.startswith("_") else f"{stream}{part}"
+
+    source: Rows = [
+        (f"blocks.{at}.cross_attn.{name(stream, part)}.weight", (8, 8)) for at in range(3) for stream in (plain, added) for part in "kv"
+    ]
+    target: Rows = [
+        (f"blocks.{at}.attn2.{part}.weight", (8, 8)) for at in range(3) for part in ("to_k", "to_v", "add_k_proj", "add_v_proj")
+    ]
+    found = sure(match(*sides(source, target, in_order)))
+    assert found["blocks.1.attn2.add_k_proj.weight"] == f"blocks.1.cross_attn.{name(added, 'k')}.weight"
+    assert found["blocks.1.attn2.to_v.weight"] == f"blocks.1.cross_attn.{name(plain, 'v')}.weight"
+
+
+@ORDERS
+def test_the_first_of_three_norms_is_not_certain_to_be_the_first_of_two(in_order: bool) -> None:
+    source: Rows = []
+    target: Rows = []
+    for at in range(3):
+        source += [(f"out_blocks.{at}.norm{n}.weight", (8,)) for n in (1, 2, 3)]
+        target += [(f"net.out_blocks.{at}.{name}.weight", (8,)) for name in ("skip.norm", "block.norm1", "block.norm3")]
+        for rows, there in ((source, ""), (target, "net.")):
+            rows += [(f"{there}out_blocks.{at}.{'block.' if there else ''}mlp.fc{n}.weight", (8 * n, 9)) for n in (1, 2)]
+    found = sure(match(*sides(source, target, in_order)))
+    assert not [key for key in found if key.endswith("block.norm1.weight")]
+
+
+def test_keys_in_the_alphabets_order_have_none_of_their_own_under_other_names() -> None:
+    names = ["norm1", "norm2", "norm3", "catext_norm"]
+    told = ["encoder_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm", "encoder_attn_text_layer_norm"]
+    source: Rows = [(f"module.decoder.layers.{at}.{name}.weight", (8,)) for at in range(3) for name in names]
+    source += [(f"bbox_embed.{at}.weight", (4, 8 + at)) for at in range(3)]
+    target: Rows = [(f"model.decoder.layers.{at}.{name}.weight", (8,)) for at in range(3) for name in told]
+    target += [(f"bbox_embed.{at}.weight", (4, 8 + at)) for at in range(3)]
+    for link in match(*sides(source, target, in_order=False)).links:
+        assert "same order" not in link.evidence
+
+
+@ORDERS
+def test_what_tensorflow_puts_behind_a_name_says_nothing(in_order: bool) -> None:
+    source: Rows = [
+        (f"bert/encoder/layer_{at}/{name}:0", shape)
+        for at in range(3)
+        for name, shape in (("dense/kernel", (8, 24)), ("norm/gamma", (8,)), ("norm/beta", (8,)))
+    ]
+    target: Rows = [
+        (f"encoder.layer.{at}.{name}", shape)
+        for at in range(3)
+        for name, shape in (("dense.weight", (24, 8)), ("norm.weight", (8,)), ("norm.bias", (8,)))
+    ]
+    found = sure(match(*sides(source, target, in_order)))
+    assert found["encoder.layer.1.dense.weight"] == "bert/encoder/layer_1/dense/kernel:0"
+    assert found["encoder.layer.2.norm.bias"] == "bert/encoder/layer_2/norm/beta:0"
+
+
+@ORDERS
+def test_norms_stand_behind_convolutions_whose_names_begin_with_one_word(in_order: bool) -> None:
+    source: Rows = []
+    target: Rows = []
+    for at in range(3):
+        here, there = f"features.unit{at + 1}", f"blocks.{at}"
+        for n, (one, other, shape) in enumerate((("exp_conv", "conv_pw", (48 + at, 8, 1, 1)), ("conv1", "conv_dw", (48 + at, 1, 3, 3)))):
+            source += [*((f"{here}.{one}.convs.{part}.weight", shape) for part in range(2)), *norm(f"{here}.{one}.bn", 96 + 2 * at)]
+            target += [*((f"{there}.{other}.{part}.weight", shape) for part in range(2)), *norm(f"{there}.bn{n + 1}", 96 + 2 * at)]
+    found = sure(match(*sides(source, target, in_order)))
+    assert found["blocks.1.bn1.weight"] == "features.unit2.exp_conv.bn.weight"
+    assert found["blocks.1.bn2.weight"] == "features.unit2.conv1.bn.weight"
