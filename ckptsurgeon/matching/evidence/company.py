@@ -13,6 +13,7 @@ from itertools import pairwise, permutations, takewhile
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import Node
 
+_KINDS = {"conv", "norm"}
 _MOST = 4  # convolutions of a module whose orders are tried
 PARTS = frozenset({"attn", "self", "cross", "mlp"})  # of a layer
 
@@ -55,7 +56,7 @@ def behind(root: Node) -> dict[int, Node]:
 
 def _layers(child: Node) -> tuple[Node, ...]:
     """A child of a module; or what is in it, where it is nothing but the word that names of several convolutions begin with."""
-    stem = child.children and not _is_kernels(child) and all(map(_is_kernels, child.children))
+    stem = concepts(child.name) == ("conv",) and child.children and not _is_kernels(child) and all(map(_is_kernels, child.children))
     return child.children if stem else (child,)
 
 
@@ -72,9 +73,9 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
     if all(part.name.isdigit() for part in layers):  # a row of layers: a norm is of what stands right before it, or behind it all along
         row = sorted(layers, key=lambda part: int(part.name), reverse=min(layers, key=lambda part: int(part.name)) in norms)
         return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
-    by_count = {_counted(kernel.name): kernel for kernel in kernels}
-    counts = [_counted(norm.name) for norm in norms]
-    if len(kernels) == len(by_count) and set(by_count) <= set(counts) and len(norms) == len({*counts}):  # `bn1` is of `conv1`
+    by_count = {_marked(kernel.name): kernel for kernel in kernels}
+    counts = [_marked(norm.name) for norm in norms]
+    if len(kernels) == len(by_count) and set(by_count) <= set(counts) and len(norms) == len({*counts}):  # `bn1` is of `conv1`, `bn_s` of `conv_s`
         return [(norm, by_count[count]) for norm, count in zip(norms, counts, strict=True) if count in by_count]
     if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
         counted = sorted(norms, key=lambda norm: norm.numbers)
@@ -83,9 +84,9 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
     return ()
 
 
-def _counted(name: str) -> str:
-    """The number at the end of a name."""
-    return name[len(name.rstrip("0123456789")) :]
+def _marked(name: str) -> tuple[str, ...]:
+    """What a name says beside its kind: a number, mostly."""
+    return tuple(word for word in concepts(name) if word not in _KINDS)
 
 
 def _is_chain(kernels: Sequence[_Kernels], norms: Sequence[Node]) -> bool:
