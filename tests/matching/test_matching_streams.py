@@ -78,3 +78,38 @@ def test_norms_stand_behind_convolutions_whose_names_begin_with_one_word(in_orde
     found = sure(match(*sides(source, target, in_order)))
     assert found["blocks.1.bn1.weight"] == "features.unit2.exp_conv.bn.weight"
     assert found["blocks.1.bn2.weight"] == "features.unit2.conv1.bn.weight"
+
+
+@ORDERS
+def test_that_two_norms_are_called_norms_is_no_reason(in_order: bool) -> None:
+    source: Rows = []
+    target: Rows = []
+    for at in range(3):
+        here, there = f"layers.{at}.conv", f"layers.{at}.conv_module"
+        source += [(f"layers.{at}.conv_layer_norm.weight", (8,)), (f"{here}.layer_norm.weight", (8,))]
+        target += [(f"{there}.layer_norm.weight", (8,)), (f"{there}.depthwise_layer_norm.weight", (8,))]
+        for rows, path in ((source, here), (target, there)):
+            rows += [
+                (f"{path}.{name}.weight", (8, n, 3)) for n, name in enumerate(("pointwise_conv1", "depthwise_conv", "pointwise_conv2"), 1)
+            ]
+    found = sure(match(*sides(source, target, in_order)))
+    assert not [key for key in found if key.endswith("layer_norm.weight")]
+
+
+@ORDERS
+def test_norms_stand_behind_convolutions_of_the_same_mark(in_order: bool) -> None:
+    marks = ("s", "t")
+    source: Rows = [
+        row
+        for at in range(3)
+        for n, mark in enumerate(marks)
+        for row in ((f"base.{at}.conv_{mark}.weight", (8, 8, 1 + n, 3, 3 - n)), *norm(f"base.{at}.bn_{mark}", 8))
+    ]
+    target: Rows = [
+        row
+        for at in range(3)
+        for n in range(2)
+        for row in ((f"features.{at}.{n}.0.weight", (8, 8, 1 + n, 3, 3 - n)), *norm(f"features.{at}.{n}.1", 8))
+    ]
+    found = sure(match(*sides(source, target, in_order)))
+    assert found["features.1.1.1.weight"] == "base.1.bn_t.weight" and found["features.2.0.1.running_var"] == "base.2.bn_s.running_var"

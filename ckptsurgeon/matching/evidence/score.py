@@ -31,7 +31,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     unsaid_attention,
 )
 from ckptsurgeon.matching.evidence.gates import same_gate
-from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, conflict
+from ckptsurgeon.matching.evidence.vocabulary import CONFUSED, concepts, conflict
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.progress import beat
 
@@ -42,6 +42,7 @@ WRITTEN = 1.0  # the same word as it is written, where what the words mean tells
 ABBREVIATED = 1.8  # one side's word begins the other's
 AGAINST = -2.0  # names exclude each other; twice that for roles
 SAME = 1.0  # the same name
+SAME_KIND = 0.5  # which says no more than that both are norms
 EXACT = 1.0  # the same shapes, dimensions of one included
 NUMBERS = 2.0  # numbers are in the same order
 UNEVEN = 1.0  # the same, where one side has more: which of them is left out is not told
@@ -131,7 +132,7 @@ class Table:
         if ("aux" in source_words) != ("aux" in target_words):
             parts["one is auxiliary"] = AGAINST
         if source.name == target.name and not self._counted_otherwise(source, target):
-            parts["same name"] = SAME
+            parts["same name"] = SAME_KIND if {word for word in concepts(source.name) if word[0] != "#"} == {"norm"} else SAME
         if source.exact == target.exact:
             parts["same shape"] = EXACT
         if self.ordinals[0] and self.ordinals[1]:
