@@ -75,7 +75,7 @@ def _pairs(norms: Sequence[Node], kernels: Sequence[_Kernels]) -> Iterable[tuple
         return [(after, before) for before, after in pairwise(row) if isinstance(after, Node) and isinstance(before, _Kernels)]
     by_count = {_marked(kernel.name): kernel for kernel in kernels}
     counts = [_marked(norm.name) for norm in norms]
-    if len(kernels) == len(by_count) and set(by_count) <= set(counts) and len(norms) == len({*counts}):  # `bn1` is of `conv1`, `bn_s` of `conv_s`
+    if len(kernels) == len(by_count) and set(by_count) <= set(counts) and len(norms) == len({*counts}):  # `bn_s` is of `conv_s`
         return [(norm, by_count[count]) for norm, count in zip(norms, counts, strict=True) if count in by_count]
     if len(norms) == len(kernels) <= _MOST and len({norm.folded for norm in norms}) == 1:
         counted = sorted(norms, key=lambda norm: norm.numbers)
