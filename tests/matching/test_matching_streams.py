@@ -113,3 +113,23 @@ def test_norms_stand_behind_convolutions_of_the_same_mark(in_order: bool) -> Non
     ]
     found = sure(match(*sides(source, target, in_order)))
     assert found["features.1.1.1.weight"] == "base.1.bn_t.weight" and found["features.2.0.1.running_var"] == "base.2.bn_s.running_var"
+
+
+@ORDERS
+def test_numbers_of_two_lists_are_not_one_count_where_another_member_stands_elsewhere(in_order: bool) -> None:
+    def unit(path: str, names: tuple[str, str], first: int) -> Rows:
+        return [(f"{path}.{names[0]}.weight", (8, first, 3, 3)), (f"{path}.{names[1]}.weight", (8, 8, 3, 3))]
+
+    source: Rows = []
+    target: Rows = []
+    for stage in range(3):
+        there = f"down_blocks.{stage}"
+        for at, (name, first) in enumerate((("resnets.0", 5 + stage), ("resnets.1", 8), ("downsamplers.0", 8))):
+            source += unit(f"input_blocks.{3 * stage + at}.0", ("in_layers.2", "out_layers.3"), first)
+            target += unit(f"{there}.{name}", ("conv1", "conv2"), first)
+    found = sure(match(*sides(source, target, in_order)))
+    for stage in range(3):
+        assert (
+            found.get(f"down_blocks.{stage}.downsamplers.0.conv1.weight", "input_blocks.2")
+            != f"input_blocks.{3 * stage + 1}.0.in_layers.2.weight"
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
@@ -197,10 +198,16 @@ def _holds_any(module: Node, nodes: Sequence[Node]) -> bool:
     return any(node.path.startswith(f"{module.path}.") for node in nodes)
 
 
-def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int] | None:
-    """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like."""
+def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]], rows: Mapping[int, int] = MappingProxyType({})) -> list[int] | None:
+    """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like.
+
+    `rows` says how many differ from a node (by its id) by its last number: members of several lists are compared only where those of
+    each list but the first are all there.
+    """
     if len({node.folded for node in nodes}) == 1:
         return ranks([node.numbers for node in nodes])
+    if _of_parted_lists(nodes, rows):
+        return None
     differ = _first_difference(nodes) or _in_attention(nodes, words) or _counted_on(nodes)
     if differ:
         return ranks(differ)
@@ -283,6 +290,18 @@ def _counted_on(nodes: Sequence[Node]) -> list[int]:
     rows = sorted((min(numbers), max(numbers)) for numbers in lists.values())
     apart = all(before[1] < after[0] for before, after in pairwise(rows))
     return places if apart and len({*places}) == len(nodes) > len(rows) and min(places) >= 0 else []
+
+
+def _of_parted_lists(nodes: Sequence[Node], rows: Mapping[int, int]) -> bool:
+    """Whether nodes are members of lists beside each other, and of one that is not the first of them some stand elsewhere."""
+    lists: dict[str, list[Node]] = {}
+    for node in nodes:
+        head, _, number = node.path.rpartition(".")
+        lists.setdefault(head if number.isdigit() else "", []).append(node)
+    if "" in lists or len(lists) == 1:
+        return False
+    _, *behind = sorted(lists.values(), key=lambda members: min(member.numbers[-1] for member in members))
+    return any(len(members) < rows.get(id(members[0]), 1) for members in behind)
 
 
 def _in_attention(nodes: Sequence[Node], words: Sequence[frozenset[str]]) -> list[int]:

@@ -100,7 +100,7 @@ class Table:
         self.segments = tuple(telling_segments(nodes) for nodes in (sources, targets))
         self.spelt = tuple([spelt(parts) for parts in side] for side in self.segments)
         self.written = tuple(telling_words(nodes) for nodes in (sources, targets))
-        self.ordinals = tuple(ordinals(nodes, words) for nodes, words in zip((sources, targets), self.words, strict=True))
+        self.ordinals = tuple(ordinals(nodes, words, clues.rows) for nodes, words in zip((sources, targets), self.words, strict=True))
         if any(either_gate(*sides) or unsaid_attention(*sides) for sides in ((sources, targets), (targets, sources))):
             self.ordinals = (None, None)
         self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
