@@ -54,6 +54,11 @@ def test_what_reads_the_input_may_be_of_another_size(rows: tuple[int, int]) -> N
     assert share > 0.7 and why == ""
 
 
+def test_more_layers_under_other_names_are_another_model() -> None:
+    share, why = found(WORDS, [("embed_tokens.weight", (40, 8)), *layers("encoder.layers", FAIRSEQ, 13)])
+    assert share > 0.9 and "encoder.layers" in why
+
+
 def test_fewer_layers_under_other_names_are_a_mapping() -> None:
     assert found(WORDS, [("embed_tokens.weight", (40, 8)), *layers("encoder.layers", FAIRSEQ, 4)])[1] == ""
 

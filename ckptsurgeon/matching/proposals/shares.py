@@ -2,7 +2,7 @@
 
 Rule: half of one side is enough where both have one naming, if that does not tear the blocks of a list in half. Between two namings the
 layers of any two transformers of one width fit, so nearly all of one side must have a partner, an uncertain one at least, and what reads
-the input must have one; of another size it may be only where both are equally deep.
+the input must have one; of another size it may be only where both are equally deep. A deeper target is another model.
 """
 
 from __future__ import annotations
@@ -74,14 +74,15 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
         threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
         return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
     fits = any(key in done for (done, _), keys in zip(sides, inputs, strict=True) for key in keys)
-    deeper = "" if fits or not all(inputs) else _deeper(taken, source) or _deeper(reached, target)
-    return deeper or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
+    deeper = "" if fits or not all(inputs) else _deeper(taken, source)
+    return deeper or _deeper(reached, target) or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
 
 
 def _deeper(done: Collection[str], side: Tensors) -> str:
     """The list that holds most of a side and of which some blocks have a partner, and others that are equal to them have none; in words.
 
-    It tells two models apart where what reads the input is of another size too: a shallower model of the same kind reads the same.
+    A deeper target lacks layers, and is another model; a deeper source is one only where what reads the input is of another size too: a
+    shallower model of the same kind reads the same.
     """
     lists: dict[str, dict[str, list[str]]] = {}
     for key in side:
