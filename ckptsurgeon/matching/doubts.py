@@ -41,6 +41,7 @@ Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 _OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
+_MOST = 32  # idle keys that a link is compared with
 COUNTED = "such lists are counted up or down, and these are all alike"
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
@@ -187,11 +188,11 @@ def _idle(link: Link, facts: Facts, idle: Mapping[tuple[str, tuple[int, ...]], l
     """The doubt of one link, if an idle key is as good as its own; the first of them is shown."""
     (key,) = link.sources
     others = idle.get((fold(key), squeezed(facts.source[key].shape)), ())
-    numbers = _numbers(link.targets[0])
-    own, *theirs = (_numbers(facts.bare.get(name, name)) for name in (key, *others))
+    numbers, own = _numbers(link.targets[0]), _numbers(facts.bare.get(key, key))
     if not others or own == numbers or _counted_alike(key, link.targets[0], others):
         return None
-    if own and _in_turn(own, numbers) and not any(_in_turn(rival, numbers) for rival in theirs):
+    rivals = (_numbers(facts.bare.get(name, name)) for name in others)
+    if own and _in_turn(own, numbers) and len(others) <= _MOST and not any(_in_turn(rival, numbers) for rival in rivals):
         return None
     first, rival = sorted((key, others[0]), key=lambda candidate: positions[candidate])
     return Doubt(link, f"{rival} is as good", f"{rival} -> {link.targets[0]}", (first,))

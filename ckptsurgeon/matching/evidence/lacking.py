@@ -44,11 +44,10 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
         elif home:
             yield link, f"the rest of its module goes to {home}", ""
         else:
-            for other in fresh.get((target[name].shape, _role(name)), ())[:_MOST]:
-                beside = _block(name).startswith(_block(other)) or _block(other).startswith(_block(name))
-                if beside and not _told(key, name, other) and usual[fold(key), fold(name)] < 1 + usual[fold(key), fold(other)]:
-                    yield link, f"{other} is left, and as good", f"{key} -> {other}"
-                    break
+            others = fresh.get((target[name].shape, _role(name)), ())[:_MOST]
+            rival = next((other for other in others if _beside(name, other) and not _told(key, name, other, usual)), "")
+            if rival:
+                yield link, f"{rival} is left, and as good", f"{key} -> {rival}"
 
 
 def _words_of(side: Tensors) -> frozenset[str]:
@@ -133,10 +132,16 @@ class _Homes:
         return home if apart and fold(here) in self.guests.get(there, ()) else ""
 
 
-def _told(key: str, name: str, other: str) -> bool:
-    """Whether what a source is called has more in common with one target than with another."""
+def _beside(name: str, other: str) -> bool:
+    """Whether two targets stand in one member of a list, at any depth."""
+    blocks = _block(name), _block(other)
+    return all(blocks) and (blocks[0].startswith(blocks[1]) or blocks[1].startswith(blocks[0]))
+
+
+def _told(key: str, name: str, other: str, usual: Mapping[tuple[str, str], int]) -> bool:
+    """Whether what a source is called has more in common with one target than with another, or goes to such a one elsewhere."""
     words, chosen, rival = (_telling(text) for text in (key, name, other))
-    return len(words & chosen) > len(words & rival)
+    return len(words & chosen) > len(words & rival) or usual[fold(key), fold(name)] > usual[fold(key), fold(other)]
 
 
 def _telling(key: str) -> frozenset[str]:
