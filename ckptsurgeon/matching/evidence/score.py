@@ -131,7 +131,9 @@ class Table:
             parts["the same gate" if gate else f"gates {AGAINST_IT}"] = WORD if gate else 2 * AGAINST
         if ("aux" in source_words) != ("aux" in target_words):
             parts["one is auxiliary"] = AGAINST
-        if source.name == target.name and not self._counted_otherwise(source, target):
+        if source.path == target.path:
+            parts["same name"] = SAME
+        elif source.name == target.name and not self._counted_otherwise(source, target):
             parts["same name"] = SAME_KIND if {word for word in concepts(source.name) if word[0] != "#"} == {"norm"} else SAME
         if source.exact == target.exact:
             parts["same shape"] = EXACT
