@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptsurgeon import __version__
 from ckptsurgeon.api._deciding import report_of
 from ckptsurgeon.api._opening import Target
 from ckptsurgeon.api._options import NO_TRAINING, OutputOptions, TrainingOptions, facts, refuse_idle
-from ckptsurgeon.api._provenance import record
 from ckptsurgeon.api._proving import refuse_non_finite, verify_written
 from ckptsurgeon.api._rules import Own
 from ckptsurgeon.errors import ModelError, OutputError, PlanError, no_memory, out_of_memory
 from ckptsurgeon.formats.registry import OUTPUTS, SUFFIXES, WRITTEN
 from ckptsurgeon.parameter_types import Path
-from ckptsurgeon.planning.plan import Plan
+from ckptsurgeon.planning.plan import Plan, digest
 from ckptsurgeon.report import Report, Verification
 from ckptsurgeon.streaming.apply import Output, Save, Training
 from ckptsurgeon.streaming.apply import apply as write_plan
@@ -148,7 +148,7 @@ def carry_out(
         CheckpointError: as `ckptsurgeon.merge`.
     """
     target_checkpoint, finite = None if target is None else target.checkpoint, options.finite
-    provenance = record(plan) if options.provenance else None
+    provenance = _record(plan) if options.provenance else None
     kind = output_kind(options, plan.max_shard_size)
     output = Output(
         path=os.fspath(options.output),
@@ -243,3 +243,19 @@ def _loaded_values(plan: Plan, target: Target | None, format: str) -> Any:
 
 def _no_initial(key: str) -> Any:
     raise PlanError("gets the target's own value, and there is no target with values", key=key)
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    """What a merge writes about itself into its output: no path and no time, so that the same input gives the same bytes."""
+    return {
+        "version": 1,
+        "tool": f"ckptsurgeon {__version__}",
+        "plan": digest(plan),
+        "sources": [{"fingerprint": source.fingerprint, "format": source.format, "root": source.root} for source in plan.sources],
+        "target": None if plan.target is None else {"fingerprint": plan.target.fingerprint, "kind": plan.target.kind},
+        "seed": plan.seed,
+        "coverage": {"tensors": plan.coverage.tensors, "elements": plan.coverage.elements},
+        "fresh": list(plan.fresh),
+        "kept": list(plan.kept),
+        "partial": list(plan.partial),
+    }

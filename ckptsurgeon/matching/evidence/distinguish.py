@@ -9,7 +9,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ckptsurgeon.matching.evidence.vocabulary import concepts, gated
+from ckptsurgeon.matching.evidence.vocabulary import concepts, gated, said_by_place
 from ckptsurgeon.matching.module_tree import Node, fold
 
 _ENDS = (-100, -90, 10, 11, 50, 90, 100)
@@ -26,7 +26,7 @@ _ATTENTION = ("q", "k", "v", "out")  # in the order in which an attention uses t
 
 def telling(nodes: Sequence[Node]) -> list[frozenset[str]]:
     """For each node the concepts in its path that not all of them have."""
-    all_words = [frozenset(_counted(concepts(node.path))) | _said_by_place(node) for node in nodes]
+    all_words = [frozenset(_counted(concepts(node.path))) | (said_by_place(node.path) if node.leaf else frozenset()) for node in nodes]
     common = frozenset.intersection(*all_words) if len(all_words) > 1 else frozenset()
     last = [_last_word(node) for node in nodes]
     gates = gated(last)
@@ -42,13 +42,6 @@ def streams(words: list[frozenset[str]], others: list[frozenset[str]]) -> tuple[
         for side, name, rest in zip((words, others), said, every[::-1], strict=True)
     ]
     return sides[0], sides[1]
-
-
-def _said_by_place(node: Node) -> frozenset[str]:
-    """What a name that says nothing stands for by its place: the projection of an attention is its output."""
-    plain = {word for word in concepts(node.name) if word[0] != "#"} <= {"proj", "linear"}
-    around = concepts(node.path[: -len(node.name)].rstrip(".").rpartition(".")[2]) if plain and node.leaf else ()
-    return frozenset({"out"}) if {"attn", "self", "cross"} & {*around} else frozenset()
 
 
 def _counted(words: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, said_by_place
 from ckptsurgeon.matching.module_tree import ROLES, fold, is_float, module_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
@@ -67,10 +67,7 @@ def _role(key: str) -> str:
 def _own_words(key: str) -> frozenset[str]:
     """What a tensor's module is called, and what its name stands for by its place."""
     module = module_of(key)
-    around, _, last = module.rpartition(".")
-    words = frozenset(word for word in concepts(last) if word[0] != "#")
-    place = {"out"} if words and words <= {"proj", "linear"} and "attn" in concepts(around.rpartition(".")[2]) else set()
-    return words | place
+    return frozenset(concepts(module.rpartition(".")[2])) | said_by_place(module)
 
 
 def _exclude(key: str, name: str, sides: tuple[frozenset[str], frozenset[str]]) -> bool:

@@ -216,6 +216,17 @@ def implied(words: Sequence[str]) -> set[str]:
     return set(words).union(*(_INSIDE.get(word, ()) for word in words))
 
 
+def said_by_place(path: str) -> frozenset[str]:
+    """What a layer's name that says nothing stands for by its place: the projection of an attention is its output.
+
+    >>> sorted(said_by_place("blocks.0.attn.proj"))
+    ['out']
+    """
+    around, _, last = path.rpartition(".")
+    plain = {word for word in concepts(last) if word[0] != "#"} <= {"proj", "linear"}
+    return frozenset({"out"} if plain and {"attn", "self", "cross"} & {*concepts(around.rpartition(".")[2])} else ())
+
+
 def gated(names: Sequence[str]) -> dict[str, str]:
     """What `w1`, `w2` and `w3` stand for where a layer has all of them, or the two of one shape: gate, down and up.
 

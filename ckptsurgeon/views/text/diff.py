@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
 from ckptsurgeon.planning.diff import Diff, Resize
@@ -180,13 +180,40 @@ def _next(diff: Diff, width: int | None) -> list[str]:
     return [*lines, *(next_step("Nothing fits. See its keys:", look, (diff.in_memory[0], ""), width) or ["Nothing fits."])]
 
 
-def _cut(diff: Diff) -> list[str]:
-    """The sentences about lists of layers of which one side has fewer."""
-    if not any(segment.isdigit() for key in (*diff.extra, *diff.missing) for segment in key.split(".")):
-        return []
-    from ckptsurgeon.views.text.cut_lists import cut_lists
+def _cut(diff: Diff) -> Iterator[str]:
+    """A sentence for each numbered list of layers of which one side has only the first, so that dropped layers are noticed."""
+    extra = _numbers(diff.prefix.added + diff.prefix.bare(key) for key in diff.extra)
+    missing = _numbers(diff.missing)
+    if extra.keys() == missing.keys():  # the matched keys may be a million
+        return
+    shared = _numbers(diff.matched)
+    for head, beyond in extra.items():
+        if head not in missing and (kept := _first(shared.get(head), beyond)):
+            yield f"{name(head)}: the first {kept} of {kept + len(beyond)} are kept."
+    for head, beyond in missing.items():
+        if head not in extra and (present := _first(shared.get(head), beyond)):
+            yield f"{name(head)}: the first {present} of {present + len(beyond)} come from the source."
 
-    return [f"{name(words)}." for words in cut_lists(diff)]
+
+def _first(some: set[int] | None, beyond: set[int]) -> int:
+    """The length of `some` if it is 0, 1, … and `beyond` continues it; else 0."""
+    count = len(some) if some else 0
+    return count if some == set(range(count)) and beyond == set(range(count, count + len(beyond))) else 0
+
+
+def _numbers(keys: Iterable[str]) -> dict[str, set[int]]:
+    """For each list's name, the numbers of its keys; only the first number of a key is used.
+
+    >>> _numbers(["h.0.w", "h.1.w", "ln.w"])
+    {'h': {0, 1}}
+    """
+    numbers: dict[str, set[int]] = {}
+    for key in keys:
+        segments = key.split(".")
+        index = next((index for index, segment in enumerate(segments) if index and segment.isascii() and segment.isdigit()), None)
+        if index is not None and len(segments[index]) < 7:
+            numbers.setdefault(".".join(segments[:index]), set()).add(int(segments[index]))
+    return numbers
 
 
 def _links(diff: Diff, width: int | None) -> list[str]:
