@@ -51,7 +51,7 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
 
 
 def _words_of(side: Tensors) -> frozenset[str]:
-    return frozenset(word for module in {module_of(key) for key in side} for word in concepts(module))
+    return frozenset(word for part in {part for key in side for part in key.split(".")[:-1]} for word in concepts(part))
 
 
 def _block(key: str) -> str:
