@@ -1,4 +1,5 @@
-"""Carries out a plan: writes the file, verifies it, and returns the report. `merge` and `apply` share it."""
+"""Carries out a plan: writes the file with the record of what it is made of, verifies it, and returns the report. `merge` and `apply` share
+it."""
 
 from __future__ import annotations
 

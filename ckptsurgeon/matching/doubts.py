@@ -29,7 +29,7 @@ from ckptsurgeon.matching.evidence.lists import (
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import fold, squeezed
+from ckptsurgeon.matching.module_tree import MEMBER, fold, squeezed
 from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.spelling import squash, squashed
 from ckptsurgeon.matching.towers import exchangeable_parts
@@ -39,7 +39,6 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
-_MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 _OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
 _MOST = 32  # idle keys that a link is compared with
 COUNTED = "such lists are counted up or down, and these are all alike"
@@ -200,8 +199,8 @@ def _idle(link: Link, facts: Facts, idle: Mapping[tuple[str, tuple[int, ...]], l
 
 def _counted_alike(key: str, name: str, others: Iterable[str]) -> bool:
     """Whether both names count their lists alike, and idle keys differ from the link's own by such a number alone."""
-    return _MEMBER.findall(key) == _MEMBER.findall(name) and all(
-        _MEMBER.sub("{}", idle_key) == _MEMBER.sub("{}", key) and _MEMBER.findall(idle_key) != _MEMBER.findall(name) for idle_key in others
+    return MEMBER.findall(key) == MEMBER.findall(name) and all(
+        MEMBER.sub("{}", idle_key) == MEMBER.sub("{}", key) and MEMBER.findall(idle_key) != MEMBER.findall(name) for idle_key in others
     )
 
 
@@ -346,7 +345,7 @@ def _exchangeable_parts(facts: Facts) -> _Doubts:
 
 def _placed(key: str) -> Iterator[tuple[str, int]]:
     """The list of the last number of a key, and the number."""
-    numbers = list(_MEMBER.finditer(key))
+    numbers = list(MEMBER.finditer(key))
     if numbers:
         yield f"{key[: numbers[-1].start()]}#{key[numbers[-1].end() :]}", int(numbers[-1][0])
 

@@ -29,6 +29,7 @@ ROLES: Mapping[str, str] = {
 }  # fmt: skip
 _STEMMED = re.compile(r"(?:(weight|bias)_(.+)|(.+)_(weight|bias))")
 _NUMBER = re.compile(r"\d+")
+MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part of a path
 _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
@@ -36,6 +37,15 @@ _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batche
 def module_of(key: str) -> str:
     """The module that a key's tensor is in."""
     return key.rpartition(".")[0]
+
+
+def around(key: str, number: re.Pattern[str]) -> str:
+    """The path of what a tensor's module stands in, up to the last number there; empty without any.
+
+    >>> around("layers.3.attn.q.weight", MEMBER)
+    'layers.3'
+    """
+    return key[: max((found.end() for found in number.finditer(f"{module_of(module_of(key))}.")), default=0)]
 
 
 def fold(path: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import inf
 
-from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.matching.module_tree import MEMBER, fold
 from ckptsurgeon.matching.turning import TURN, TURNED
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
@@ -23,7 +23,6 @@ Again = Callable[[Tensors, Tensors], list[Link]]  # matches what is left over
 Judge = Callable[[list[Link]], list[Link]]  # takes their margins from links that are less sure than they look
 SAME, SHIFTED = "same name and shape", "its whole list is shifted"
 _NUMBER = re.compile(r"\d+")
-_MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part
 
 
 def prefer_equal_names(
@@ -90,7 +89,7 @@ def _joined(
 
 def _members(names: Iterable[str]) -> Iterator[str]:
     """The members of numbered lists that names stand in, by their paths."""
-    return (name[: found.end()] for name in names for found in _MEMBER.finditer(name))
+    return (name[: found.end()] for name in names for found in MEMBER.finditer(name))
 
 
 def _at_home(links: Iterable[Link], bare: Mapping[str, str], members: Set[str]) -> list[Link]:
@@ -101,7 +100,7 @@ def _at_home(links: Iterable[Link], bare: Mapping[str, str], members: Set[str]) 
 def _strays(link: Link, bare: Mapping[str, str], members: Set[str]) -> bool:
     """Whether a link goes from one member of a list to another of that list, though each of them goes to the one of its own number."""
     for key, name in product((bare[key] for key in link.sources), link.targets):
-        for found, other in zip(_MEMBER.finditer(key), _MEMBER.finditer(name), strict=False):
+        for found, other in zip(MEMBER.finditer(key), MEMBER.finditer(name), strict=False):
             if found[0] != other[0]:
                 heads = key[: found.end()], name[: other.end()]
                 if heads[0][: found.start()] == heads[1][: other.start()] and members >= {*heads}:

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pairs_support import meta
+from rows_support import Rows, norm, side, sure
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.matching.result import Matching
-from ckptsurgeon.tensors import TensorMeta
-
-Side = dict[str, TensorMeta]
-Rows = list[tuple[str, tuple[int, ...]]]
-
-
-def side(rows: Rows) -> Side:
-    return {key: meta(key, shape) for key, shape in rows}
-
-
-def sure(found: Matching) -> dict[str, str]:
-    return {key: link.sources[0] for link in found.certain for key in link.targets}
-
-
-def norm(path: str, width: int) -> Rows:
-    return [(f"{path}.{name}", (width,)) for name in ("weight", "bias", "running_mean", "running_var")]
 
 
 def inverted(path: str, names: dict[str, str], width: int, first: bool) -> Rows:

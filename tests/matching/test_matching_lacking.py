@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from pairs_support import meta
+from rows_support import ORDERS, Rows, norm, sides, sure
 
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.matching.result import Matching
-from ckptsurgeon.tensors import TensorMeta
 
-ORDERS = pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
-Rows = list[tuple[str, tuple[int, ...]]]
 HERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
 THERE = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense"}
-
-
-def sides(source: Rows, target: Rows, in_order: bool = True) -> list[dict[str, TensorMeta]]:
-    return [{key: meta(key, shape) for key, shape in (rows if in_order else sorted(rows))} for rows in (source, target)]
-
-
-def sure(found: Matching) -> dict[str, str]:
-    return {key: link.sources[0] for link in found.certain for key in link.targets}
-
-
-def norm(path: str, width: int) -> Rows:
-    return [(f"{path}.{name}", (width,)) for name in ("weight", "bias", "running_mean", "running_var")]
 
 
 @ORDERS

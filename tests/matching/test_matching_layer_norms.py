@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from pairs_support import meta
+from rows_support import ORDERS, Rows, side, sure
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.tensors import TensorMeta
 
-ORDERS = pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
 WIDE = 12
 
 
 def layers(head: str, parts: dict[str, str], norms: dict[str, str], in_order: bool) -> dict[str, TensorMeta]:
     """Three layers of attention and MLP, with norms behind them, under these names."""
-    keys = [
+    keys: Rows = [
         (f"{head}.{at}.{name}.weight", (rows, columns))
         for at in range(3)
         for name, rows, columns in ((parts["attn"], WIDE, WIDE), (parts["up"], 3 * WIDE, WIDE), (parts["down"], WIDE, 3 * WIDE))
     ]
     keys += [(f"{head}.{at}.{name}.{leaf}", (WIDE,)) for at in range(3) for name in norms.values() for leaf in ("weight", "bias")]
-    return {key: meta(key, shape) for key, shape in (keys if in_order else sorted(keys))}
+    return side(keys, in_order)
 
 
 @ORDERS
@@ -44,40 +43,40 @@ def test_of_a_layers_norms_the_one_that_says_nothing_is_behind_the_mlp(in_order:
     attentions = {"self": "self_attn.out_proj", "cross": "cross_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}
     shapes = {"self": (WIDE, WIDE), "cross": (WIDE, WIDE), "up": (3 * WIDE, WIDE), "down": (WIDE, 3 * WIDE)}
 
-    def side(head: str, norms: list[str]) -> dict[str, TensorMeta]:
+    def layer(head: str, norms: list[str]) -> dict[str, TensorMeta]:
         order = [attentions["self"], norms[0], attentions["cross"], norms[1], attentions["up"], attentions["down"], norms[2]]
         by_name = {name: shapes[part] for part, name in attentions.items()}
-        keys = [(f"{head}.{at}.{name}.weight", by_name.get(name, (WIDE,))) for at in range(2) for name in order]
-        return {key: meta(key, shape) for key, shape in (keys if in_order else sorted(keys))}
+        keys: Rows = [(f"{head}.{at}.{name}.weight", by_name.get(name, (WIDE,))) for at in range(2) for name in order]
+        return side(keys, in_order)
 
     told = ["self_attn_layer_norm", "cross_attn_layer_norm", "layer_norm"]
-    found = match(side("transformer.layers", ["norm1", "norm2", "norm3"]), side("decoder.layers", told))
-    certain = {link.targets[0]: link.sources[0] for link in found.certain}
+    found = match(layer("transformer.layers", ["norm1", "norm2", "norm3"]), layer("decoder.layers", told))
+    certain = sure(found)
     assert [certain[f"decoder.layers.1.{name}.weight"] for name in told] == [f"transformer.layers.1.norm{n}.weight" for n in (1, 2, 3)]
 
 
 @ORDERS
 def test_a_single_letter_names_a_scale_as_it_names_a_weight_or_a_bias(in_order: bool) -> None:
-    def side(head: str, scaling: str, scale: str, bias: str) -> dict[str, TensorMeta]:
-        keys = [(f"{head}.{at}.attn.{name}.weight", (WIDE, WIDE)) for at in range(2) for name in "qkv"]
+    def layer(head: str, scaling: str, scale: str, bias: str) -> dict[str, TensorMeta]:
+        keys: Rows = [(f"{head}.{at}.attn.{name}.weight", (WIDE, WIDE)) for at in range(2) for name in "qkv"]
         keys += [(f"{head}.{at}.attn.{scaling}.{leaf}", (4,)) for at in range(2) for leaf in (scale, bias)]
-        return {key: meta(key, shape) for key, shape in (keys if in_order else sorted(keys))}
+        return side(keys, in_order)
 
-    found = match(side("layers", "ssmax_scaling", "s", "b"), side("blocks", "softmax_scaling", "scale", "bias"))
-    certain = {link.targets[0]: link.sources[0] for link in found.certain}
+    found = match(layer("layers", "ssmax_scaling", "s", "b"), layer("blocks", "softmax_scaling", "scale", "bias"))
+    certain = sure(found)
     assert certain["blocks.1.attn.softmax_scaling.scale"] == "layers.1.attn.ssmax_scaling.s"
     assert certain["blocks.1.attn.softmax_scaling.bias"] == "layers.1.attn.ssmax_scaling.b"
 
 
 @ORDERS
 def test_the_bias_of_a_router_is_the_experts_bias_under_either_name(in_order: bool) -> None:
-    def side(module: str, bias: str) -> dict[str, TensorMeta]:
-        keys = [(f"layers.{at}.attn.{name}.weight", (WIDE, WIDE)) for at in range(3) for name in "qkvo"]
+    def layer(module: str, bias: str) -> dict[str, TensorMeta]:
+        keys: Rows = [(f"layers.{at}.attn.{name}.weight", (WIDE, WIDE)) for at in range(3) for name in "qkvo"]
         keys += [(f"layers.{at}.{module}.weight", (4, WIDE)) for at in range(3)] + [
             (f"layers.{at}.{module}.{bias}", (4,)) for at in range(3)
         ]
-        return {key: meta(key, shape) for key, shape in (keys if in_order else sorted(keys))}
+        return side(keys, in_order)
 
-    found = match(side("moe.router", "expert_bias"), side("mlp.gate", "e_score_correction_bias"))
-    certain = {link.targets[0]: link.sources[0] for link in found.certain}
+    found = match(layer("moe.router", "expert_bias"), layer("mlp.gate", "e_score_correction_bias"))
+    certain = sure(found)
     assert certain["layers.2.mlp.gate.e_score_correction_bias"] == "layers.2.moe.router.expert_bias"

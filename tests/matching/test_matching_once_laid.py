@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pairs_support import meta
+from rows_support import Rows, side, sure
 
 from ckptsurgeon.matching.evidence.distinguish import nearness
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.module_tree import grow
-from ckptsurgeon.matching.result import Matching
-from ckptsurgeon.tensors import TensorMeta
-
-Rows = list[tuple[str, tuple[int, ...]]]
-
-
-def side(rows: Rows) -> dict[str, TensorMeta]:
-    return {key: meta(key, shape) for key, shape in rows}
-
-
-def sure(found: Matching) -> dict[str, str]:
-    return {key: link.sources[0] for link in found.certain for key in link.targets}
 
 
 def linear(path: str, out: int, into: int) -> Rows:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pairs_support import meta
+from rows_support import Rows, side, sure
 
 from ckptsurgeon.matching.evidence.gates import _said
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.tensors import TensorMeta
 
-Rows = list[tuple[str, tuple[int, ...]]]
 WIDTH = 6
 GRU, LSTM = ("r", "z", "n"), ("i", "f", "g", "o")
 STYLES = {
@@ -20,10 +18,6 @@ STYLES = {
     "letters": ("W_{}", "U_{}"),
     "sides": ("input_{}", "hidden_{}"),
 }
-
-
-def side(rows: Rows) -> dict[str, TensorMeta]:
-    return {key: meta(key, shape) for key, shape in rows}
 
 
 def of_torch(kind: type[torch.nn.RNNBase]) -> dict[str, TensorMeta]:
@@ -80,10 +74,6 @@ def test_gates_of_a_list_without_sides_are_told_by_nothing() -> None:
 def tower(path: str, last: str, out: int) -> Rows:
     layers = [(f"{path}.0", 8, 5), (f"{path}.2", 8, 8), (last, out, 8)]
     return [row for name, rows, width in layers for row in ((f"{name}.weight", (rows, width)), (f"{name}.bias", (rows,)))]
-
-
-def sure(found: Matching) -> dict[str, str]:
-    return {key: link.sources[0] for link in found.certain for key in link.targets}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_matching_lacking import ORDERS, Rows, norm, sides, sure
+from rows_support import ORDERS, Rows, norm, sides, sure
 
 from ckptsurgeon.matching.matcher import match
 

@@ -6,7 +6,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts, gated, said_by_place
@@ -191,7 +190,7 @@ def _holds_any(module: Node, nodes: Sequence[Node]) -> bool:
     return any(node.path.startswith(f"{module.path}.") for node in nodes)
 
 
-def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]], rows: Mapping[int, int] = MappingProxyType({})) -> list[int] | None:
+def ordinals(nodes: Sequence[Node], words: Sequence[frozenset[str]], rows: Mapping[int, int]) -> list[int] | None:
     """The places of nodes in the order that their names give, where they do: by numbers alone, or by `first`, `after` and the like.
 
     `rows` says how many differ from a node (by its id) by its last number: members of several lists are compared only where those of

@@ -1,7 +1,7 @@
 """Links that stand in for what the source lacks: a layer took the place of another, since its own has no partner.
 
-Rule: fresh is always possible. A link keeps its margin where its own target is told from those that are left without a source by a word or
-a number in common, or by the blocks beside it.
+Rule: fresh is always possible. Sure is no link between names of two parts of an attention or of two towers, none that leaves what the rest
+of its module goes to, and none whose target is not told from one that is left beside it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, said_by_place
-from ckptsurgeon.matching.module_tree import ROLES, fold, is_float, module_of
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said_by_place
+from ckptsurgeon.matching.module_tree import ROLES, around, fold, is_float, module_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
-_MEMBER = re.compile(r"(?:^|(?<=\.))\d{1,9}(?=\.)")  # a number that is a whole part
+_MEMBER = re.compile(r"(?:^|(?<=\.))\d{1,9}(?=\.)")  # a number that is a whole part, be it the first
 _LEVELS = 4  # of modules around a layer that are looked at
 _MOST = 32  # targets without a source that a link is compared with
-_PARTS = (frozenset({"q", "k", "v", "out"}),)  # of one attention
+_PARTS = frozenset({"q", "k", "v", "out"})  # of one attention
 _TOWERS = (frozenset({"text", "image", "audio"}), frozenset({"encoder", "decoder"}))
 
 
@@ -30,7 +30,7 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
     reached = {key for link in links if link.clear for key in link.targets}
     fresh: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for key, tensor in target.items():
-        if key not in reached and is_float(tensor) and _block(key):
+        if key not in reached and is_float(tensor) and around(key, _MEMBER):
             fresh.setdefault((tensor.shape, _role(key)), []).append(key)
     ways = [_Homes(_modules_at_equal_depth, single), _Homes(_blocks, single)]
     usual = Counter((fold(link.sources[0]), fold(link.targets[0])) for link in single if link.clear)
@@ -54,11 +54,6 @@ def _words_of(side: Tensors) -> frozenset[str]:
     return frozenset(word for part in {part for key in side for part in key.split(".")[:-1]} for word in concepts(part))
 
 
-def _block(key: str) -> str:
-    """The member of the innermost numbered list around a tensor's module; empty outside of lists."""
-    return key[: max((found.end() for found in _MEMBER.finditer(f"{module_of(module_of(key))}.")), default=0)]
-
-
 def _role(key: str) -> str:
     last = key.rpartition(".")[2]
     return ROLES.get(last, last)
@@ -72,17 +67,9 @@ def _own_words(key: str) -> frozenset[str]:
 
 def _exclude(key: str, name: str, sides: tuple[frozenset[str], frozenset[str]]) -> bool:
     """Whether two names are of other parts of an attention, or of other towers, where a side has both of these."""
-    own = _own_words(key), _own_words(name)
-    if any(own[0] & kind and own[1] & kind and not own[0] & own[1] & kind for kind in _PARTS):
-        return True
-    every = frozenset(concepts(module_of(key))), frozenset(concepts(module_of(name)))
-    return any(
-        every[0] & kind
-        and every[1] & kind
-        and not every[0] & every[1] & kind
-        and (every[1] & kind <= sides[0] or every[0] & kind <= sides[1])
-        for kind in _TOWERS
-    )
+    words, other_words = frozenset(concepts(module_of(key))), frozenset(concepts(module_of(name)))
+    both = [kind for kind in _TOWERS if other_words & kind <= sides[0] or words & kind <= sides[1]]
+    return conflict(_own_words(key), _own_words(name), kinds=[_PARTS]) or conflict(words, other_words, kinds=both)
 
 
 _Pairs = Callable[[str, str], Iterator[tuple[str, str]]]  # of what two layers stand in, by their paths
@@ -98,8 +85,8 @@ def _modules_at_equal_depth(here: str, there: str) -> Iterator[tuple[str, str]]:
 
 
 def _blocks(here: str, there: str) -> Iterator[tuple[str, str]]:
-    """The members of lists around two layers."""
-    pair = _block(f"{here}."), _block(f"{there}.")
+    """The members of the innermost lists around two layers."""
+    pair = around(f"{here}.", _MEMBER), around(f"{there}.", _MEMBER)
     if all(pair):
         yield pair
 
@@ -107,12 +94,12 @@ def _blocks(here: str, there: str) -> Iterator[tuple[str, str]]:
 class _Homes:
     """Where most layers of each part of the source go to."""
 
-    def __init__(self, around: _Pairs, links: Sequence[Link]) -> None:
+    def __init__(self, parts_around: _Pairs, links: Sequence[Link]) -> None:
         counts: dict[str, Counter[str]] = {}
         for layers in {(module_of(link.sources[0]), module_of(link.targets[0])): None for link in links if link.clear}:
-            for here, there in around(*layers):
+            for here, there in parts_around(*layers):
                 counts.setdefault(here, Counter())[there] += 1
-        self.around, self.homes = around, {}
+        self.parts_around, self.homes = parts_around, {}
         self.guests: dict[str, set[str]] = {}
         for part, count in counts.items():
             (best, many), *_ = count.most_common(1)
@@ -123,16 +110,16 @@ class _Homes:
 
     def elsewhere(self, key: str, name: str) -> str:
         """Where the rest of the part goes that a tensor stands in, if its own target is in what another such part goes to."""
-        here, there = next(self.around(module_of(key), module_of(name)), ("", ""))
+        here, there = next(self.parts_around(module_of(key), module_of(name)), ("", ""))
         home = self.homes.get(here, there)
-        apart = home != there and not home.startswith(there) and not there.startswith(home)
+        apart = not f"{home}.".startswith(f"{there}.") and not f"{there}.".startswith(f"{home}.")
         return home if apart and fold(here) in self.guests.get(there, ()) else ""
 
 
 def _beside(name: str, other: str) -> bool:
     """Whether two targets stand in one member of a list, at any depth."""
-    blocks = _block(name), _block(other)
-    return all(blocks) and (blocks[0].startswith(blocks[1]) or blocks[1].startswith(blocks[0]))
+    first, second = (f"{around(key, _MEMBER)}." for key in (name, other))
+    return "." not in (first, second) and (first.startswith(second) or second.startswith(first))
 
 
 def _told(key: str, name: str, other: str, usual: Mapping[tuple[str, str], int]) -> bool:

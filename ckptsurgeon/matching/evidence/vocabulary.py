@@ -7,7 +7,7 @@ by structure and never here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cache
 
 # Spellings of several words that mean one thing, told before a name is cut into words. Matched whole, between separators.
@@ -236,6 +236,6 @@ def gated(names: Sequence[str]) -> dict[str, str]:
     return {"w1": "gate", "w2": "down", "w3": "up"} if {"w1", "w3"} <= set(names) else {}
 
 
-def conflict(first: frozenset[str], second: frozenset[str]) -> bool:
+def conflict(first: frozenset[str], second: frozenset[str], *, kinds: Iterable[Set[str]] = _KINDS) -> bool:
     """Whether two names name parts that can't be the same."""
-    return any((first & kind) and (second & kind) and not (first & second & kind) for kind in _KINDS)
+    return any((first & kind) and (second & kind) and not (first & second & kind) for kind in kinds)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from ckptsurgeon.matching.evidence.roles import role_of
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides
-from ckptsurgeon.matching.module_tree import is_float, module_of
+from ckptsurgeon.matching.module_tree import around, is_float
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
@@ -74,11 +74,13 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
         threshold = f"whose names differ, and {percent(NEARLY_ALL)} is asked for"
         return f"even uncertain links explain only {percent(max(shares))} of either side, {threshold}"
     fits = any(key in done for (done, _), keys in zip(sides, inputs, strict=True) for key in keys)
-    deeper = "" if fits or not all(inputs) else _deeper(taken, source)
-    return deeper or _deeper(reached, target) or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
+    deeper = "" if fits or not all(inputs) else _deeper(taken, source, ", and what reads the input is of another size")
+    return (
+        deeper or _deeper(reached, target, ": the target is deeper") or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
+    )
 
 
-def _deeper(done: Collection[str], side: Tensors) -> str:
+def _deeper(done: Collection[str], side: Tensors, why: str) -> str:
     """The list that holds most of a side and of which some blocks have a partner, and others that are equal to them have none; in words.
 
     A deeper target lacks layers, and is another model; a deeper source is one only where what reads the input is of another size too: a
@@ -98,8 +100,7 @@ def _deeper(done: Collection[str], side: Tensors) -> str:
                 shares = [sum(key in done for key in members[number]) / len(members[number]) for number in numbers]
                 alone = sum(share < _BARE for share in shares)
                 if alone and max(shares) == 1.0:
-                    words = f"of {len(numbers)} equal blocks such as {head}{numbers[0]}, {alone} have no partner"
-                    return f"{words}, and what reads the input is of another size"
+                    return f"of {len(numbers)} equal blocks such as {head}{numbers[0]}, {alone} have no partner{why}"
     return ""
 
 
@@ -109,7 +110,7 @@ def _left_in_blocks(done: Collection[str], side: Tensors) -> _Left:
     torn = {key[:end] for key in done for end in [found.end() for found in _MEMBER.finditer(key)][-_LEVELS:]}
     left: dict[frozenset[str], dict[tuple[int, ...], str]] = {}
     for key in (key for key in side if key not in done):
-        block = key[: max((found.end() for found in _MEMBER.finditer(f"{module_of(module_of(key))}.")), default=0)]
+        block = around(key, _MEMBER)
         if block in torn and len(side[key].shape) > 1 and _sized(key, side) is None:
             words = frozenset(word for word in concepts(key[len(block) :]) if word[0] != "#") - SAYS_NOTHING - _KINDS
             if words:
