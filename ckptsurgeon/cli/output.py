@@ -19,7 +19,7 @@ import click
 
 from ckptsurgeon.errors import ADVICE, CheckpointError, OutputError, printable
 from ckptsurgeon.hints import Unmissable
-from ckptsurgeon.shown import Result, Styled, json_parts, styled, styled_text
+from ckptsurgeon.shown import Result, Style, Styled, json_parts, spans_of, styled, styled_text
 
 color = click.option(
     "--color",
@@ -78,8 +78,6 @@ class Show:
         if self.json or self.width is None:
             self.answer(text, value)
         else:
-            from ckptsurgeon.cli.colour import painted
-
             colour = None if wanted(sys.stdout) else False  # click knows which pagers can show it
             click.echo_via_pager(painted(text()), colour)
 
@@ -163,8 +161,6 @@ def _write(text: str, stream: TextIO, nl: bool = True) -> None:
     status("")
     colour = wanted(stream)
     if colour and isinstance(text, Styled):
-        from ckptsurgeon.cli.colour import painted
-
         text = painted(text)
     click.echo(text, stream, nl, color=colour)
 
@@ -268,3 +264,24 @@ class UsageError(CheckpointError):
 
 class StdoutError(OutputError):
     """The output could not be written to stdout."""
+
+
+COLOURS: dict[Style, dict[str, Any]] = {
+    "good": {"fg": "green"},
+    "changed": {"fg": "yellow"},
+    "missing": {"fg": "red"},
+    "extra": {"fg": "cyan"},
+    "bad": {"fg": "red", "bold": True},
+    "strong": {"bold": True},
+    "faint": {"dim": True},
+}
+
+
+def painted(text: str) -> str:
+    """A text with escape codes for its styles; a style that spans lines is ended and begun anew on each."""
+    parts, at = [], 0
+    for start, stop, style in spans_of(text):
+        lines = text[start:stop].split("\n")
+        parts += [text[at:start], "\n".join(click.style(line, **COLOURS[style]) if line else "" for line in lines)]
+        at = stop
+    return "".join(parts) + text[at:]

@@ -6,9 +6,10 @@ applied.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from heapq import merge
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import RuleError
@@ -19,8 +20,8 @@ from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
 from ckptsurgeon.planning.own_loading import conversions
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
-from ckptsurgeon.rules.first_match import FirstMatch
-from ckptsurgeon.rules.rules import CompiledRule, Outside, Rule, compile_rules
+from ckptsurgeon.rules.patterns import Pattern
+from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.rules.templates import expand
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
@@ -292,3 +293,37 @@ def _names(
         by_kind["adapt"],
         outside,
     )
+
+
+# The index of a rule, the index of one of its patterns, the only source that it is for, if any, its test, and the pattern.
+_Entry = tuple[int, int, int | None, Callable[[str], object], Pattern]
+
+
+class FirstMatch:
+    """Rules indexed by the beginnings of their patterns."""
+
+    def __init__(self, rules: Sequence[CompiledRule]) -> None:
+        self._by_head: dict[str, list[_Entry]] = {}
+        for index, rule in enumerate(rules):
+            for which, (number, pattern) in enumerate(rule.patterns):
+                for head in pattern.heads:
+                    self._by_head.setdefault(head, []).append((index, which, number, pattern.test, pattern))
+        self._sizes = sorted({len(head) for head in self._by_head})
+
+    def find(self, name: str, source: int | None = None) -> tuple[int, Match] | None:
+        """The index of the first rule that matches a name (of a key of source number `source`), and the match; None if none does.
+
+        >>> from ckptsurgeon.rules.rules import Rule, compile_rules
+        >>> FirstMatch(compile_rules([Rule("drop", "a.**"), Rule("drop", "b.w")])).find("b.w")
+        (1, Match(which=0, parts={}))
+        """
+        size = len(name)
+        buckets = [bucket for length in self._sizes if length <= size and (bucket := self._by_head.get(name[:length]))]
+        for index, which, number, fits, pattern in buckets[0] if len(buckets) == 1 else merge(*buckets, key=_order):
+            if (number is None or number == source) and fits(name):
+                return index, Match(which, pattern.match(name) or {})
+        return None
+
+
+def _order(entry: _Entry) -> tuple[int, int]:
+    return entry[:2]

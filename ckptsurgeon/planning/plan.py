@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsurgeon.command import as_words
@@ -17,7 +17,6 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE, Names, name_sources
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.dropped import fates, keys_without_a_rule
-from ckptsurgeon.planning.freshness import mark_fresh
 from ckptsurgeon.planning.init_rules import InitRule, check_copies, find_init_rules
 from ckptsurgeon.planning.keys import SourceKey
 from ckptsurgeon.planning.own_loading.computed import Computed, casts, find_computed, refuse
@@ -330,3 +329,28 @@ def _filled_up(op: Mapping[str, Any], init_rule: InitRule | None) -> Mapping[str
 
 def _cast(source: str, target: str) -> tuple[Mapping[str, Any], ...]:
     return () if source == target else ({"op": "cast", "dtype": target},)
+
+
+WORDS = "fresh since an earlier merge"
+
+
+def mark_fresh(steps: Sequence[Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> tuple[Step, ...]:
+    """The steps; those that take fresh or partly fresh values have `fresh` or `partial` set."""
+    files = [*sources, *([target] if target is not None else [])]
+    if not any(file.provenance for file in files):
+        return tuple(steps)
+    fresh = [_recorded(file, "fresh") for file in files]
+    partial = [_recorded(file, "partial") for file in files]
+
+    def marked(step: Step) -> Step:
+        source_keys = step.sources or (((len(sources), step.target),) if step.action == "keep" else ())
+        are_fresh = [key in fresh[number] for number, key in source_keys]
+        if are_fresh and all(are_fresh):
+            return replace(step, fresh=True, reason=f"{step.reason}; {WORDS}")
+        return replace(step, partial=any(are_fresh) or any(key in partial[number] for number, key in source_keys))
+
+    return tuple(map(marked, steps))
+
+
+def _recorded(file: Checkpoint, kind: str) -> frozenset[str]:
+    return frozenset((file.provenance or {}).get(kind, ()))

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptsurgeon as cs
-from ckptsurgeon.cli.colour import COLOURS, painted
 from ckptsurgeon.cli.main import COMMANDS
-from ckptsurgeon.cli.output import Show, wanted
+from ckptsurgeon.cli.output import COLOURS, Show, painted, wanted
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.shown import Styled, excerpt, joined, spans_of, styled, styled_text
 from ckptsurgeon.views.text.words import STYLES, broken, fitted, table

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ckptsurgeon"
-PLACES = sorted(set(re.findall(r"`((?:\w+/)*\w+\.py(?::\w+)?|(?:\w+/)+)`", (PACKAGE / "README.md").read_text())))
+PLACES = sorted(set(re.findall(r"`((?:\w+/)*\w+\.py(?::\w+)?|(?:\w+/)+)`", (ROOT / ".github" / "CODE.md").read_text())))
 
 
 def test_it_names_places() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.rules.first_match import FirstMatch
+from ckptsurgeon.planning.apply_rules import FirstMatch
 from ckptsurgeon.rules.patterns import compile_pattern
 from ckptsurgeon.rules.rules import CompiledRule, Match, Rule, compile_rule
 

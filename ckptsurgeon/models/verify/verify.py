@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from ckptsurgeon.dtypes import BY_TORCH
-from ckptsurgeon.errors import FormatError, TargetError
+from ckptsurgeon.errors import DeviceError, FormatError, TargetError
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.probe import probe_file
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.conversions import find_naming
-from ckptsurgeon.models.target.devices import check_device
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.verify import by_library, forward, loading, readback
@@ -202,3 +201,38 @@ class _ByTorch:
 def _fresh(checkpoint: Checkpoint) -> tuple[str, ...] | None:
     recorded = (checkpoint.provenance or {}).get("fresh")
     return tuple(str(key) for key in recorded) if isinstance(recorded, (list, tuple)) else None
+
+
+def check_device(device: str) -> torch.device:
+    """The device, if this machine has it; `meta` always exists.
+
+    Raises:
+        DeviceError: the text names no device, or this machine or build of torch does not have it. The hint lists the available ones.
+
+    >>> check_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"{device!r} is not the name of a device", hint=_hint()) from error
+    if parsed.type == "meta":
+        return parsed
+    try:
+        torch.empty(1, device=parsed)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DeviceError(f"this machine has no device {device!r} ({reason[:200]})", hint=_hint()) from error
+    return parsed
+
+
+def available_devices() -> tuple[str, ...]:
+    """The names of the available devices: `cpu`, `meta`, and torch's accelerators with their numbers."""
+    accelerators = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    accelerators += ["mps"] if torch.backends.mps.is_available() else []
+    accelerators += [f"xpu:{index}" for index in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
+    return ("cpu", "meta", *accelerators)
+
+
+def _hint() -> str:
+    return f"{' or '.join(f'device={name!r}' for name in available_devices())}"
