@@ -16,7 +16,7 @@ from ckptsurgeon.matching.assignment import assign, margins
 from ckptsurgeon.matching.evidence.distinguish import telling
 from ckptsurgeon.matching.evidence.score import AGAINST_IT, NUMBERS, ORDER, Anchors, Clues, Table
 from ckptsurgeon.matching.evidence.support import ALONE
-from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.evidence.vocabulary import conflict, said
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.planning.links import ENOUGH
 
@@ -63,7 +63,7 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
 
 def _says(node: Node) -> frozenset[str]:
     """What a node's path says; a unit that keeps running statistics is a norm, whatever it is called."""
-    return frozenset(concepts(node.path)) | {"norm" for _ in "." if "running_var" in node.tensors}
+    return said(node.path) | {"norm" for _ in "." if "running_var" in node.tensors}
 
 
 def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> bool:
@@ -149,6 +149,6 @@ def _without_the_clear(
     rest = [[node for node in nodes if id(node) not in done] for nodes in (sources, targets)]
     above = min(choice.margin for choice in clear)
     again = choose(rest[0], rest[1], clues, anchors) if rest[0] and rest[1] else []
-    if len(again) == 1 and conflict(*(frozenset(concepts(node.path)) for node in (again[0].source, again[0].target))):
+    if len(again) == 1 and conflict(*(said(node.path) for node in (again[0].source, again[0].target))):
         above = min(above, 0.5)
     return [*clear, *(replace(choice, margin=min(choice.margin, above)) for choice in again)]

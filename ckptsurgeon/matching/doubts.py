@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.crossed import exchangeable
+from ckptsurgeon.matching.evidence.facts import Facts, Tensors
 from ckptsurgeon.matching.evidence.lacking import stand_ins
 from ckptsurgeon.matching.evidence.lists import (
     all_alike,
@@ -29,91 +29,17 @@ from ckptsurgeon.matching.evidence.lists import (
 from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import MEMBER, fold, squeezed
-from ckptsurgeon.matching.same_names import SHIFTED
-from ckptsurgeon.matching.spelling import squash, squashed
+from ckptsurgeon.matching.module_tree import MEMBER, fold, module_of, squeezed
 from ckptsurgeon.matching.towers import exchangeable_parts
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.progress import beat
-from ckptsurgeon.tensors import TensorMeta
 
-Tensors = Mapping[str, TensorMeta]
 _NUMBER = re.compile(r"\d+")
 _OUTER = re.compile(r"(?<=_)\d+_")  # a number within a part, of a list around: `up_blocks_1_attentions`
 _MOST = 32  # idle keys that a link is compared with
 COUNTED = "such lists are counted up or down, and these are all alike"
 # Words of lists that one library counts up and another down: they are built from the coarsest stage, or from the finest.
 _EITHER_WAY = {"up", "refine", "refinenet", "fuse", "fpn", "lateral", "pyramid", "upsample", "deconv", "topdown"}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that doubts look at.
-
-    Attributes:
-        links: all links, those of equal names among them.
-        same: target names by source keys, where both sides call a tensor the same, in the same shape.
-        bare: every source key as the target's names would call it.
-        ordered: whether the keys of both sides stand in an order of their own.
-    """
-
-    links: Sequence[Link]
-    source: Tensors
-    target: Tensors
-    same: Mapping[str, str]
-    bare: Mapping[str, str]
-    ordered: bool
-
-    def named(self, link: Link) -> bool:
-        """Whether a link is of equal names, or of a list that was found to be shifted as a whole."""
-        if SHIFTED in link.evidence:
-            return True
-        return len(link.sources) == len(link.targets) == 1 and self.same.get(link.sources[0]) == link.targets[0]
-
-    @cached_property
-    def used(self) -> frozenset[str]:
-        """Source keys that links have."""
-        return frozenset(key for link in self.links for key in link.sources)
-
-    def before(self, key: str, side: int) -> str:
-        """`self` or `cross`, where the module right before that of a key on a side is such an attention."""
-        module = key.rpartition(".")[0]
-        above = module.rpartition(".")[0]
-        last = ""
-        for sibling in self._beside[side].get(above, ()):
-            if sibling.startswith(f"{module}."):
-                break
-            last = sibling
-        words = set(concepts(last[len(above) + 1 :].partition(".")[0])) & {"self", "cross"}
-        return words.pop() if len(words) == 1 else ""
-
-    def attentions_alike(self, key: str, side: int) -> bool:
-        """Whether the self- and the cross-attention beside a norm have weights of the same shapes."""
-        above = key.rpartition(".")[0].rpartition(".")[0]
-        shapes: dict[str, Counter[tuple[int, ...]]] = {"self": Counter(), "cross": Counter()}
-        for sibling in self._beside[side].get(above, ()):
-            words = set(concepts(sibling[len(above) + 1 :].partition(".")[0]))
-            for kind in words & shapes.keys() if "norm" not in words else ():
-                shapes[kind][(self.source, self.target)[side][sibling].shape] += 1
-        return shapes["self"] == shapes["cross"]
-
-    @cached_property
-    def _beside(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """The keys within each module that holds a counted norm, at any depth, in their order."""
-        by_module: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
-        for side, tensors in enumerate((self.source, self.target)):
-            for key in tensors:
-                head = key.rpartition(".")[0]
-                while head:
-                    by_module[side].setdefault(head, []).append(key)
-                    head = head.rpartition(".")[0]
-        return by_module
-
-    @cached_property
-    def namesakes(self) -> dict[str, str]:
-        """By target key, the source key of that name but for separators, whatever its shape."""
-        names = squashed(self.target)
-        return {names[name]: key for key, name in ((key, squash(name)) for key, name in self.bare.items()) if name in names}
 
 
 class Doubt(NamedTuple):
@@ -296,7 +222,10 @@ def _across(facts: Facts) -> _Doubts:
             beside = [
                 index
                 for index, rival in by_list[head].items()
-                if rival is not link and parent and rival.targets[0].startswith(f"{parent}.")
+                if rival is not link
+                and parent
+                and rival.targets[0].startswith(f"{parent}.")
+                and facts.dims[module_of(rival.sources[0])] == facts.dims[module_of(link.sources[0])]  # a norm is the first of norms
             ]
             if ("first" in words and any(index < number for index in beside)) or (
                 "final" in words and any(index > number for index in beside)

@@ -54,8 +54,8 @@ def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, T
 def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> str | None:
     """What makes a tensor the other; None where nothing does."""
     shape = turned.source[source.name].shape
-    if source.name in turned.ops:
-        return turned.ops[source.name]
+    if source.name in turned.dims:
+        return turned.op(source.name)
     if shape == target.shape:
         return ""
     if squeezed(shape) == squeezed(target.shape):
@@ -76,7 +76,20 @@ def _fused_roles(whole: Node, parts: Sequence[Node]) -> Iterator[tuple[TensorMet
 
 
 def _join(whole: Shape, parts: Sequence[Shape], joins: bool) -> str | None:
-    """The op that makes one of several (`joins`), or several of one."""
+    """The op that makes one of several (`joins`), or several of one. Dims of one, as a convolution over one place has, come and go."""
+    if len({len(whole), *map(len, parts)}) == 1:
+        return _joined(whole, parts, joins)
+    flat_whole, flat_parts = squeezed(whole), list(map(squeezed, parts))
+    sources, flat = (parts, flat_parts) if joins else ([whole], [flat_whole])
+    op = _joined(flat_whole, flat_parts, joins)
+    if op is None or len(squeezed(flat_whole)) < 2 or len({*flat}) > 1:
+        return None
+    before = f"reshape(shape={list(flat[0])})" if list(sources) != flat else ""
+    return " | ".join(filter(None, (before, op, "reshape" if [*parts, whole] != [*flat_parts, flat_whole] and not before else "")))
+
+
+def _joined(whole: Shape, parts: Sequence[Shape], joins: bool) -> str | None:
+    """The same, where all have as many dims."""
     for turn, shapes in (("", parts), ("transpose", [shape[::-1] for shape in parts])):
         dims = [
             dim

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from ckptsurgeon.matching.choose import Choice, choose
 from ckptsurgeon.matching.evidence.score import Clues
-from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said
 from ckptsurgeon.matching.fusing import fuse
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.matching.pairing import Laid, Left, laid, under
 from ckptsurgeon.planning.links import ENOUGH
 
 UNSAID = "names do not say so"
+_SAID = 2  # words in common along both paths, that speak for a pair where the last ones do not
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _among(form: int, sources: Sequence[Node], targets: Sequence[Node], surround
 
 def _doubted(choice: Choice, clues: Clues) -> Choice:
     """The only one left of its shape, from modules that are not equal: names must speak for it, or the convolutions before it."""
-    source_words, target_words = frozenset(concepts(choice.source.path)), frozenset(concepts(choice.target.path))
+    source_words, target_words = said(choice.source.path), said(choice.target.path)
     if conflict(source_words, target_words):
         return replace(choice, margin=-1.0, evidence=(*choice.evidence, "names against it"))
     running = "running_var" in choice.source.tensors and set(choice.source.tensors) == set(choice.target.tensors)
@@ -96,6 +97,7 @@ def _doubted(choice: Choice, clues: Clues) -> Choice:
         or clues.behind_the_same(choice.source, choice.target)
         or clues.with_the_same(choice.source, choice.target)
         or _last_word(choice.source) & _last_word(choice.target)
+        or len({word for word in source_words & target_words if word[0] != "#"} - (SAYS_NOTHING - {"bias"})) >= _SAID
     ):
         return choice
     return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))

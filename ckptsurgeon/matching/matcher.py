@@ -15,14 +15,17 @@ from typing import TypeVar
 
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
-from ckptsurgeon.matching.doubts import Facts, doubted
+from ckptsurgeon.matching.doubts import doubted
 from ckptsurgeon.matching.evidence.company import behind, companions, lists_of, parts_within
+from ckptsurgeon.matching.evidence.crossed import exchanged
+from ckptsurgeon.matching.evidence.facts import Facts
 from ckptsurgeon.matching.evidence.score import Clues, count_pairs
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.factors import Side, as_stored, sides
 from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold, list_lengths
+from ckptsurgeon.matching.once_laid.in_turn import in_turn
 from ckptsurgeon.matching.once_laid.neighbours import between, strayed
 from ckptsurgeon.matching.once_laid.orphans import cut_biases, orphans, uncrossed
 from ckptsurgeon.matching.once_laid.shared import shared, spread
@@ -31,7 +34,7 @@ from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
 from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
 from ckptsurgeon.matching.stems import parted
-from ckptsurgeon.matching.towers import gathered, towered
+from ckptsurgeon.matching.towers import gathered, led, towered
 from ckptsurgeon.matching.turning import Turned, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Layout, Link
 from ckptsurgeon.planning.prefixes.find import Change, find_change, find_exchange, rename_all
@@ -116,13 +119,14 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     towers = gathered(*seen), gathered(*seen[::-1])
     parts = parted(*map(renamed, seen, towers))
     names = [{key: part[name] for key, name in tower.items()} for tower, part in zip(towers, parts, strict=True)]
-    source, target = map(renamed, seen, names)
+    whole, target = map(renamed, seen, names)
+    leaning = led(whole, target)
+    source = {key: tensor for key, tensor in whole.items() if key not in leaning}
     ties = [[names[1].get(key, key) for key in tied] for tied in ties]
     same, bare = _names(source, target)
     ordered = ordered and has_order(source) and has_order(target)
     facts = Facts((), source, target, same, bare, ordered)
-    whole = len(same) == min(len(source), len(target))
-    links, trust = ([], 0.0) if whole else _look(source, target, ordered)
+    links, trust = ([], 0.0) if len(same) == min(len(source), len(target)) else _look(source, target, ordered)
 
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
@@ -131,8 +135,10 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
         links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, ordered, rest=True)[0], judge
     )
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
-    links = _towered(_tied(links, ties), source, target, same)
-    links = _named_back(doubted(replace(facts, links=links, same=same)), *names)
+    facts = replace(facts, same=same)
+    links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)
+    links = _towered(links, whole, target, same)
+    links = _named_back(doubted(replace(facts, links=links)), *names)
     return result(links, all_source, all_target, trust)
 
 
@@ -190,7 +196,7 @@ def _look(source: Tensors, target: Tensors, ordered: bool, rest: bool = False) -
 def _turned_or_not(source: Tensors, target: Tensors, ordered: bool, rest: bool) -> tuple[list[Link], float]:
     as_is = _match(source, target, Turned(source), ordered, rest)
     about = turned(source, target)
-    if about.ops:
+    if about.dims:
         as_turned = _match(source, target, about, ordered, rest)
         if _worth(as_turned[0], target) > _worth(as_is[0], target):
             return as_turned

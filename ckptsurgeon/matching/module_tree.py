@@ -29,6 +29,7 @@ ROLES: Mapping[str, str] = {
 }  # fmt: skip
 _STEMMED = re.compile(r"(?:(weight|bias)_(.+)|(.+)_(weight|bias))")
 _NUMBER = re.compile(r"\d+")
+COUNT = re.compile(r"\d{1,9}(?![dD](?![a-z]))")  # any number but that of the dimensions of `conv2d`
 MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a number that is a whole part of a path
 _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 _BESIDE_CHILDREN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

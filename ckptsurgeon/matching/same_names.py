@@ -1,7 +1,7 @@
 """Keys that both sides call the same, in the same shape, go together; what was found without names yields to that.
 
-Rule: equal name and equal shape win, with two exceptions, each told as evidence. A whole numbered list may be shifted, where that leaves
-fewer of its tensors without a partner; and a square matrix is turned where the matrices of its kind that are not square are.
+Rule: equal name and equal shape win, with two exceptions, each told as evidence. A whole numbered list may be counted otherwise, where that
+leaves fewer of its tensors without a partner; and a square matrix is turned where the matrices of its kind that are not square are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import chain, product
 from math import inf
 
 from ckptsurgeon.matching.module_tree import MEMBER, fold
-from ckptsurgeon.matching.turning import TURN, TURNED
+from ckptsurgeon.matching.turning import TURNED, TURNS
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -40,7 +40,7 @@ def prefer_equal_names(
     """
     turned = _turned(matched, same, source)
     links = _joined(matched, same, bare, turned, source, target, again)
-    shifts = _shifts(matched, same, bare)
+    shifts = _shifts(matched, same, bare, target)
     if not shifts:
         return links, dict(same)
     judged = judge(links)
@@ -131,9 +131,10 @@ class _Shift:
         return key.startswith(self.here) or name.startswith(self.there)
 
 
-def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str]) -> list[_Shift]:
-    """Lists in which found links contradict equal names, and all that are moved there are by one and the same difference of numbers."""
-    moves: dict[_Shift, set[int]] = {}
+def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str], target: Tensors) -> list[_Shift]:
+    """Lists in which found links contradict equal names, and all that are moved there are by one and the same difference of numbers, or
+    each to the one that is as far from the first."""
+    moves: dict[_Shift, set[tuple[int, int]]] = {}
     against: set[_Shift] = set()
     names = {*same.values()}
     for link in matched:
@@ -141,21 +142,33 @@ def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str,
             key, name = link.sources[0], link.targets[0]
             moved = _moved(bare[key], name) if bare[key] != name else None
             if moved:
-                there, by = moved
+                there, numbers = moved
                 shift = _Shift(_head(key, bare[key], there), there)
-                moves.setdefault(shift, set()).add(by)
+                moves.setdefault(shift, set()).add(numbers)
                 if name in names:
                     against.add(shift)
-    return [shift for shift, by in moves.items() if len(by) == 1 and shift in against]
+    return [
+        shift
+        for shift, numbers in moves.items()
+        if shift in against and (len({b - a for a, b in numbers}) == 1 or numbers <= _counted_anew(bare.values(), target, shift.there))
+    ]
 
 
-def _moved(first: str, second: str) -> tuple[str, int] | None:
-    """The path up to the first number in which two names differ, and by how much; None where they differ otherwise."""
+def _counted_anew(names: Iterable[str], target: Iterable[str], head: str) -> set[tuple[int, int]]:
+    """The numbers of a list's members on both sides in turn; none where one side has more."""
+    members = [
+        {int(found[0]) for name in side if name.startswith(head) and (found := _NUMBER.match(name, len(head)))} for side in (names, target)
+    ]
+    return {*zip(*map(sorted, members), strict=True)} if len({*map(len, members)}) == 1 else set()
+
+
+def _moved(first: str, second: str) -> tuple[str, tuple[int, int]] | None:
+    """The path up to the first number in which two names differ, and both numbers; None where they differ otherwise."""
     if fold(first) != fold(second):
         return None
     differ = [(a, b) for a, b in zip(_NUMBER.finditer(first), _NUMBER.finditer(second), strict=True) if a[0] != b[0]]
     (a, b) = differ[0]
-    return second[: b.start()], int(b[0]) - int(a[0])
+    return second[: b.start()], (int(a[0]), int(b[0]))
 
 
 def _head(key: str, name: str, there: str) -> str:
@@ -184,21 +197,27 @@ def _turned(matched: Sequence[Link], same: Mapping[str, str], source: Tensors) -
     matrices = [link for link in matched if _matrix(link, source)]
     kinds: dict[str, set[str]] = {}
     for link in matrices:
-        if source[link.sources[0]].shape[0] != source[link.sources[0]].shape[1]:
+        if not _square(source[link.sources[0]]):
             for kind in _kinds(link.sources[0]):
                 kinds.setdefault(kind, set()).add(link.op)
     turned = {}
     for link in matrices:
-        shape = source[link.sources[0]].shape
-        if shape[0] == shape[1] and same.get(link.sources[0]) == link.targets[0]:
-            ops = next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op})
-            if ops == {TURN}:
-                turned[link.sources[0]] = replace(link, op=TURN, margin=inf, evidence=(SAME, TURNED))
+        matrix = source[link.sources[0]]
+        if _square(matrix) and same.get(link.sources[0]) == link.targets[0]:
+            turn = TURNS[len(matrix.shape)]
+            if next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op}) == {turn}:
+                turned[link.sources[0]] = replace(link, op=turn, margin=inf, evidence=(SAME, TURNED))
     return turned
 
 
 def _matrix(link: Link, source: Tensors) -> bool:
-    return len(link.sources) == len(link.targets) == 1 and len(source[link.sources[0]].shape) == 2 and link.op in ("", TURN)
+    """Whether a link is of one matrix, or of one stack of them."""
+    many = len(source[link.sources[0]].shape)
+    return len(link.sources) == len(link.targets) == 1 and many in TURNS and link.op in ("", TURNS[many])
+
+
+def _square(matrix: TensorMeta) -> bool:
+    return matrix.shape[-1] == matrix.shape[-2]
 
 
 def _kinds(key: str) -> Iterator[str]:

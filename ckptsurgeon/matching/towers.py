@@ -8,10 +8,11 @@ may also stand within each other, each layer of a list twice (`q_proj.A`, `q_pro
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import permutations, product, takewhile
+from itertools import islice, permutations, product, takewhile
 from math import inf
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
 _FOLLOWERS = {"k", "momentum", "student", "m", "slow"}
+_LED = 0.6  # of the tensors that a word is in the names of, that stand without it too, from which on the word is of a tower
+_WORDS_OF_A_TOWER = 3  # the first of a name, of which one may be the tower's
+_FIRST_WORDS = re.compile(r"[^._\d][^._]*")
 _LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
 _LEAST_PLACES = 4  # layers of a block that stand twice, from which on they are two towers
 Tensors = Mapping[str, TensorMeta]
@@ -82,6 +86,34 @@ def _before_number(path: str) -> str:
 
 def _joined(*parts: str) -> str:
     return ".".join(filter(None, parts))
+
+
+def led(side: Tensors, other_side: Tensors) -> set[str]:
+    """The keys of towers that lean on another: `decoder_blocks` beside `blocks`, `backbone_momentum` beside `backbone`.
+
+    So it is where a word is among the first of names, most of these are names of the side without it too, and the other side has neither
+    that word nor the room for both towers.
+
+    >>> from ckptsurgeon.tensors import TensorMeta
+    >>> keys = [f"{mark}blocks.{i}.{name}.weight" for mark in ("", "decoder_") for i in range(2) for name in ("fc", "mid", "out", "norm")]
+    >>> sorted(led({key: TensorMeta(key, "F32", (8,), (1,)) for key in keys}, {}))[:2]
+    ['decoder_blocks.0.fc.weight', 'decoder_blocks.0.mid.weight']
+    """
+    by_word: dict[str, dict[str, str]] = {}  # the names without a word, by the keys with it
+    for key in side:
+        words = list(islice(_FIRST_WORDS.finditer(key), _WORDS_OF_A_TOWER))
+        for at, found in enumerate(words):
+            begin, end = (0, words[1].start()) if at == 0 < len(words) - 1 else (max(found.start() - 1, 0), found.end())
+            by_word.setdefault(found[0], {})[key] = key[:begin] + key[end:]
+    others = {word for key in other_side for word in concepts(key)}
+    room = 1.1 * sum(tensor.numel for tensor in other_side.values())
+    leaning: set[str] = set()
+    for word, names in by_word.items():
+        twins = {key for key, name in names.items() if name in side}
+        if len(twins) >= max(_LEAST_KEYS, _LED * len(names)) and others.isdisjoint(concepts(word)):
+            rest = sum(tensor.numel for key, tensor in side.items() if key not in names)
+            leaning |= {*names} if rest + sum(side[key].numel for key in twins) > room else set()
+    return leaning
 
 
 def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
@@ -237,9 +269,10 @@ def _once(takers: tuple[str, ...] | None, lookalike_takers: tuple[str, ...] | No
 
 
 def _name_tells(tower: str, lookalike: str, words: frozenset[str]) -> bool:
-    """Whether the other side has what the name of a tower says, and not what its look-alike's does."""
+    """Whether the other side has what the name of a tower says, or that says less, and not what its look-alike's does."""
     own, rival = (frozenset(concepts(path.rpartition(".")[2])) for path in (tower, lookalike))
-    return bool((own - rival) & words) and not (rival - own) & words
+    more = bool((own - rival) & words) or (own < rival and not rival & _FOLLOWERS)
+    return more and not (rival - own) & words
 
 
 def _dots(key: str) -> Iterator[int]:

@@ -10,61 +10,76 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import fold
+from ckptsurgeon.matching.module_tree import MEMBER, around, fold
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
 TURN = "transpose"  # what turns a matrix, as an adapt rule writes it
+TURNS = {2: TURN, 3: "permute([0, 2, 1])"}  # the same of one matrix and of a stack of them, by the number of dims
 TURNED = "turned, as those of its kind that are not square"
 AS_IT_IS = "as it is, like those of its name that are not square"
+# Parts side by side along the other dim, turned: of square ones, both fit.
+BESIDE = {"chunk(dim=1)": f"{TURN} | chunk(dim=0)", "concat(dim=1)": f"concat(dim=0) | {TURN}"}
 _LEAST = 0.1  # of the weights that may be turned, that must fit turned only
-# How a window's dims stand before its channels (in, out) elsewhere, by the number of dims.
-_WINDOWS = {3: (2, 1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
+# How dims stand elsewhere, by their number: a matrix, a stack of matrices, a window before its channels (in, out; or, where each channel
+# has a window of its own, channels and one).
+_TURNS = {2: ((1, 0),), 3: ((2, 1, 0), (0, 2, 1)), 4: ((3, 2, 0, 1), (2, 3, 0, 1)), 5: ((4, 3, 0, 1, 2),)}
 
 
 @dataclass(frozen=True)
 class Turned:
-    """The source's tensors as they are in the file, and what turns those of them that are looked at turned."""
+    """The source's tensors as they are in the file, and in which order the dims of those stand that are looked at turned."""
 
     source: Tensors
-    ops: Mapping[str, str] = field(default_factory=dict)
+    dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def chain(self, name: str, *ops: str) -> str:
         """The ops of a link, after the one that turns its sources."""
-        return " | ".join(op for op in (self.ops.get(name, ""), *ops) if op)
+        return " | ".join(op for op in (self.op(name), *ops) if op)
+
+    def op(self, name: str) -> str:
+        """What turns a tensor, as an adapt rule writes it; "" for one that is looked at as it is."""
+        return turning(self.dims[name]) if name in self.dims else ""
 
     def seen(self, tensor: TensorMeta) -> TensorMeta:
         """A tensor as it is looked at."""
-        if tensor.name not in self.ops:
-            return tensor
-        return replace(tensor, shape=tuple(tensor.shape[dim] for dim in _dims(tensor.shape)))
+        return replace(tensor, shape=tuple(tensor.shape[dim] for dim in self.dims[tensor.name])) if tensor.name in self.dims else tensor
 
 
-def _dims(shape: Shape) -> tuple[int, ...]:
-    return _WINDOWS.get(len(shape), tuple(range(len(shape)))[::-1])
-
-
-def _op(shape: Shape) -> str:
-    return TURN if len(shape) == 2 else f"permute({list(_dims(shape))})"
+def turning(dims: tuple[int, ...]) -> str:
+    """The op that brings dims into an order, as an adapt rule writes it."""
+    return TURN if len(dims) == 2 else f"permute({list(dims)})"
 
 
 def turned(source: Tensors, target: Tensors) -> Turned:
     """The source's weights turned, those of one kind (matrices, windows) where more fit only so than only as they are; else as they are."""
     shapes = {tensor.shape for tensor in target.values()}
     kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
-    ops: dict[str, str] = {}
-    for many in (2, *_WINDOWS):
+    along = _along_biases(source), _along_biases(target)
+    kernels = kernels or along in (({0}, {1}), ({1}, {0}))
+    turns: dict[str, tuple[int, ...]] = {}
+    for many, dims in ((many, dims) for many, orders in _TURNS.items() for dims in orders):
         weights = {key: tensor.shape for key, tensor in source.items() if len(tensor.shape) == many and not (many == 2 and _table(key))}
-        turned_shapes = {key: tuple(shape[dim] for dim in _dims(shape)) for key, shape in weights.items()}
+        turned_shapes = {key: tuple(shape[dim] for dim in dims) for key, shape in weights.items()}
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
         only = sum(shape not in shapes and turned_shapes[key] in shapes for key, shape in weights.items())
         never = sum(shape in shapes and turned_shapes[key] not in shapes for key, shape in weights.items())
         if (kernels and not never) or (only > never and only >= _LEAST * len(weights)):
-            ops |= {key: _op(shape) for key, shape in weights.items() if turned_shapes[key] in shapes}
-    return Turned(source, ops)
+            turns = {key: dims for key in weights if turned_shapes[key] in shapes} | turns
+    return Turned(source, turns)
+
+
+def _along_biases(side: Tensors) -> set[int]:
+    """The dim that has the size of the bias, of the matrices that have one and are not square; both for a side of both kinds."""
+    found: set[int] = set()
+    for key, tensor in side.items():
+        bias = side.get(f"{key.removesuffix('weight')}bias") if key.endswith(".weight") and len(tensor.shape) == 2 else None
+        if bias is not None and len({*tensor.shape}) == 2 and bias.shape[0] in tensor.shape:
+            found.add(tensor.shape.index(bias.shape[0]))
+    return found
 
 
 def _kernel(key: str) -> bool:
@@ -79,26 +94,44 @@ def _table(key: str) -> bool:
 def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
     """The links, where a square matrix is turned as those of its name are that are not square, or is not.
 
-    A bare square parameter that is a layer's weight elsewhere is turned also as other such parameters are, whatever their names.
+    A bare square parameter that is a layer's weight elsewhere is turned also as other such parameters are, whatever their names; one whose
+    name no other has, and the square parts of a matrix, as all of its block are.
     """
-    shapes = {id(link): source[link.sources[0]].shape for link in links if _of_matrices(link, source, target)}
+    shapes = {id(link): source[link.sources[0]].shape[-2:] for link in links if _of_matrices(link, source, target)}
     oblong = [link for link in links if id(link) in shapes and len({*shapes[id(link)]}) > 1]
     by_kind: dict[tuple[str, str], set[str]] = {}
+    by_block: dict[tuple[str, str], set[str]] = {}
     for link in oblong:
         by_kind.setdefault(_kind(link), set()).add(link.op)
+        if all(_block(link)):
+            by_block.setdefault(_block(link), set()).add(link.op)
     of_bare = {link.op for link in oblong if _bare(link)}
     told = {_kind(link) for link in oblong if link.clear}
 
     def settled(link: Link) -> Link:
+        turn = TURNS.get(len(source[link.sources[0]].shape), "")
+        if link.op in BESIDE and by_block.get(_block(link)) == {TURN} and squares(link, source, target):
+            return replace(link, op=BESIDE[link.op], evidence=(*link.evidence, TURNED))
         if id(link) not in shapes or len({*shapes[id(link)]}) > 1 or link.op:
             return link
-        ops = by_kind.get(_kind(link), set())
-        if ops == {TURN} or (_bare(link) and of_bare == {TURN}):
-            return replace(link, op=TURN, evidence=(*link.evidence, TURNED))
+        ops = by_kind.get(_kind(link), by_block.get(_block(link), set()))
+        if ops == {turn} or (_bare(link) and of_bare == {turn}):
+            return replace(link, op=turn, evidence=(*link.evidence, TURNED))
         as_it_is = ops == {""} and _kind(link) in told and (of_bare == {""} or not _bare(link))
         return replace(link, evidence=(*link.evidence, AS_IT_IS)) if as_it_is else link
 
     return [settled(link) for link in links]
+
+
+def _block(link: Link) -> tuple[str, str]:
+    """The blocks of numbered lists that a link's keys stand in, whichever their numbers are."""
+    return fold(around(link.sources[0], MEMBER)), fold(around(link.targets[0], MEMBER))
+
+
+def squares(link: Link, source: Tensors, target: Tensors) -> bool:
+    """Whether the parts that a matrix is cut into or made of are square."""
+    parts = [source[key] for key in link.sources] if len(link.sources) > 1 else [target[key] for key in link.targets]
+    return all(len(part.shape) == 2 and len({*part.shape}) == 1 for part in parts)
 
 
 def _kind(link: Link) -> tuple[str, str]:
@@ -106,12 +139,12 @@ def _kind(link: Link) -> tuple[str, str]:
 
 
 def _of_matrices(link: Link, source: Tensors, target: Tensors) -> bool:
-    """Whether a link is of one matrix, which may be turned."""
+    """Whether a link is of one matrix, or of one stack of them, which may be turned."""
     return (
         len(link.sources) == len(link.targets) == 1
-        and link.op in ("", TURN)
+        and link.op in ("", TURNS.get(len(source[link.sources[0]].shape)))
         and not _table(link.targets[0])
-        and len(source[link.sources[0]].shape) == len(target[link.targets[0]].shape) == 2
+        and len(source[link.sources[0]].shape) == len(target[link.targets[0]].shape) in TURNS
     )
 
 

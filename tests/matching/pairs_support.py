@@ -127,7 +127,10 @@ def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
         rows = [pair.target[target].shape[0] for target in link.targets]
         return "chunk" in ops and sum(rows[: link.targets.index(key)]) * int(part[2]) == sum(rows) * int(part[1])
     if (turned := re.match(r"transpose\(([\d,]+)\)", told)) and "permute" in ops:
-        return f"permute([{turned[1].replace(',', ', ')}])" in link.op
+        order = list(map(int, turned[1].split(",")))
+        if len(order) == 2:  # two dims that change places
+            order = [dict(zip(order, order[::-1], strict=True)).get(dim, dim) for dim in range(len(pair.target[key].shape))]
+        return f"permute({order})" in link.op
     name = told.partition("(")[0].split(" ")[0]
     if name == "permute_rows" and not ops:
         return False

@@ -80,3 +80,22 @@ def test_the_bias_of_a_router_is_the_experts_bias_under_either_name(in_order: bo
     found = match(layer("moe.router", "expert_bias"), layer("mlp.gate", "e_score_correction_bias"))
     certain = sure(found)
     assert certain["layers.2.mlp.gate.e_score_correction_bias"] == "layers.2.moe.router.expert_bias"
+
+
+@ORDERS
+def test_norms_beside_a_vector_of_their_width_go_by_their_names(in_order: bool) -> None:
+    """A mixture's gate for the shared experts is a vector in GGUF's names, and one row elsewhere: it is no norm, and takes none's place."""
+    source: Rows = []
+    target: Rows = []
+    for at in range(2):
+        one, other = f"blk.{at}", f"model.layers.{at}"
+        source += [(f"{one}.attn_output.weight", (WIDE, WIDE)), (f"{one}.ffn_gate_inp.weight", (6, WIDE))]
+        source += [(f"{one}.ffn_up_shexp.weight", (20, WIDE)), (f"{one}.ffn_gate_inp_shexp.weight", (WIDE,))]
+        source += [(f"{one}.attn_norm.weight", (WIDE,)), (f"{one}.ffn_norm.weight", (WIDE,))]
+        target += [(f"{other}.self_attn.o_proj.weight", (WIDE, WIDE)), (f"{other}.mlp.gate.weight", (6, WIDE))]
+        target += [(f"{other}.mlp.shared_expert.up_proj.weight", (20, WIDE)), (f"{other}.mlp.shared_expert_gate.weight", (1, WIDE))]
+        target += [(f"{other}.input_layernorm.weight", (WIDE,)), (f"{other}.post_attention_layernorm.weight", (WIDE,))]
+    found = sure(match(side(source, in_order), side(target, in_order)))
+    assert found["model.layers.1.input_layernorm.weight"] == "blk.1.attn_norm.weight"
+    assert found["model.layers.1.post_attention_layernorm.weight"] == "blk.1.ffn_norm.weight"
+    assert found.get("model.layers.1.mlp.shared_expert_gate.weight", "blk.1.ffn_gate_inp_shexp.weight") == "blk.1.ffn_gate_inp_shexp.weight"

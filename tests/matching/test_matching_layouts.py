@@ -61,8 +61,9 @@ HF = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_p
         layers(META),
         layers(["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"]),
         layers(HF, head="model.blocks.{}.", more={"model.blocks.0.rotary_emb.inv_freq": (4,)}),
+        layers(["attn_q", "attn_k", "attn_v", "attn_output"], head="blk.{}."),
     ],
-    ids=["rope.freqs", "wq and wk", "output_proj", "inv_freq"],
+    ids=["rope.freqs", "wq and wk", "output_proj", "inv_freq", "GGUF"],
 )
 def test_rotary_queries_and_keys_between_implementations(source: Shapes, in_order: bool) -> None:
     found = links(source, layers([name.replace("self_attn", "mixer") for name in HF]), in_order)
@@ -127,6 +128,61 @@ def test_fused_queries_keys_and_values_in_turn_or_by_head(in_order: bool, heads:
             got = made(cut, at, {cut.sources[0]: whole}, SPLIT, heads=heads)
             assert all(torch.equal(got[key], wanted[key]) for key in keys)
             assert torch.equal(made(joined, at, wanted, QKV, heads=heads)[joined.targets[0]], whole)
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("ones", [(1,), (1, 1)], ids=["1-D", "2-D"])
+@pytest.mark.parametrize("cuts", [True, False])
+def test_queries_keys_and_values_of_a_convolution_over_one_place(cuts: bool, ones: tuple[int, ...], in_order: bool) -> None:
+    """OpenAI's U-Nets project by a convolution, diffusers by linear layers."""
+    fused = {f"blocks.{i}.qkv.weight": (96, 32, *ones) for i in range(2)} | {
+        f"blocks.{i}.proj_out.weight": (32, 32, *ones) for i in range(2)
+    }
+    parted = {f"attentions.{i}.to_{part}.weight": (32, 32) for i in range(2) for part in ("q", "k", "v", "out.0")}
+    source, target = (fused, parted) if cuts else (parted, fused)
+    found = links(source, target, in_order)
+    key = "attentions.1.to_q.weight" if cuts else "blocks.1.qkv.weight"
+    link = found[key]
+    assert link.clear and link.doubt and [choice.words for choice in link.choices] == ["in turn", "each head's together"]
+    tensors = {key: torch.randn(shape) for key, shape in source.items()}
+    heads, part = 4, 32 // 4
+    for at, order in enumerate(("p h d", "h p d")):
+        made_of = made(link, at, tensors, target, heads=heads)
+        if cuts:
+            whole = tensors["blocks.1.qkv.weight"].flatten(1)
+            rows = whole.view(3, 32, 32) if order == "p h d" else whole.view(heads, 3, part, 32).transpose(0, 1).reshape(3, 32, 32)
+            assert all(torch.equal(made_of[f"attentions.1.to_{name}.weight"], rows[number]) for number, name in enumerate("qkv"))
+        else:
+            each = torch.stack([tensors[f"attentions.1.to_{name}.weight"] for name in "qkv"])
+            rows = each if order == "p h d" else each.view(3, heads, part, 32).transpose(0, 1)
+            assert torch.equal(made_of[key].flatten(), rows.flatten())
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("turned", [True, False, None], ids=["the block is turned", "it is not", "nothing tells"])
+def test_the_square_parts_of_a_matrix_lie_along_either_dim(turned: bool | None, in_order: bool) -> None:
+    """GPT-2's `c_attn` is (in, out): whether its square parts are turned, the other matrices of the block tell."""
+    source: Shapes = {}
+    target: Shapes = {}
+    for i in range(2):
+        source |= {f"h.{i}.attn.c_attn.weight": (16, 48), f"h.{i}.attn.c_proj.weight": (16, 16)}
+        target |= {f"layers.{i}.attn.{part}_proj.weight": (16, 16) for part in ("q", "k", "v", "out")}
+        if turned is not None:
+            for name, other, shape in (("c_fc", "fc1", (16, 40)), ("c_proj", "fc2", (40, 16))):
+                source |= {f"h.{i}.mlp.{name}.weight": shape, f"h.{i}.mlp.{name}.bias": shape[1:]}
+                target |= {f"layers.{i}.mlp.{other}.weight": shape[:: -1 if turned else 1], f"layers.{i}.mlp.{other}.bias": shape[1:]}
+    found = links(source, target, in_order)
+    parts, beside = found["layers.1.attn.q_proj.weight"], found["layers.1.attn.out_proj.weight"]
+    if turned:
+        assert parts.op == "transpose | chunk(dim=0)" and beside.op == "transpose" and not parts.doubt and not beside.doubt
+    else:
+        assert [choice.op for choice in parts.choices] == ["chunk(dim=1)", "transpose | chunk(dim=0)"]
+        assert [choice.op for choice in beside.choices] == ["", "transpose"]
+    tensors = {key: torch.randn(shape) for key, shape in source.items()}
+    if parts.doubt:
+        made_of = made(parts, 1, tensors, target)
+        wanted = tensors["h.1.attn.c_attn.weight"].T.chunk(3)
+        assert all(torch.equal(made_of[f"layers.1.attn.{name}_proj.weight"], part) for name, part in zip("qkv", wanted, strict=True))
 
 
 def test_groups_of_heads_that_share_a_key() -> None:

@@ -87,6 +87,23 @@ def test_a_list_that_is_moved_by_several_numbers_is_not_shifted() -> None:
     assert {key: (key,) for key in (*kept, *body)}.items() <= found.items()
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_list_that_one_side_counts_with_gaps_is_counted_anew(step: int, in_order: bool) -> None:
+    """VITS has a flip that holds nothing between its flows, and counts it; another library does not count it."""
+    parts = {"pre.weight": (8, 4), "enc.weight": (16, 8), "post.weight": (4, 8), "post.bias": (4,)}
+    rest = {"enc.proj.weight": (8, 6), "dec.conv.weight": (6, 8, 7), "emb.weight": (30, 8)}
+    source, target = (
+        rest | {f"flow.flows.{at * by}.{name}": shape for at in range(4) for name, shape in parts.items()} for by in (step, 1)
+    )
+    if not in_order:
+        source, target = dict(sorted(source.items())), dict(sorted(target.items()))
+    found = sure(side(source), side(target))
+    assert {key: value[0] for key, value in found.items()} == {
+        key: key if key in rest else f"flow.flows.{int(key.split('.')[2]) * step}.{key.split('.', 3)[3]}" for key in target
+    }
+
+
 def test_a_list_beside_its_first_and_last_is_shifted() -> None:
     """SAM's heads: three layers in a list, or one between two of other names."""
     sizes = ((8, 8), (8, 8), (3, 8))
@@ -129,6 +146,27 @@ def test_a_square_matrix_is_turned_as_its_kind_is(other: bool) -> None:
     if other:
         square = next(link for link in found.certain if link.targets == ("h.0.attn.c_proj.weight",))
         assert "turned, as those of its kind that are not square" in square.evidence
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("inner", [6, 8])  # with 8, the second matrix is square
+def test_stacks_of_matrices_are_turned_as_one_matrix_is(other: bool, inner: int) -> None:
+    """transformers 4 has the experts of Qwen3-VL as (experts, in, out), its successor as (experts, out, in), under equal names."""
+
+    def block(turned: bool) -> Side:
+        def turn(*shape: int) -> tuple[int, ...]:
+            return (shape[0], shape[2], shape[1]) if turned else shape
+
+        experts = {"gate_up_proj": turn(5, 2 * inner, 8), "down_proj": turn(5, 8, inner)}
+        return side(
+            {f"layers.{i}.mlp.experts.{name}": shape for i in range(2) for name, shape in experts.items()}
+            | {f"layers.{i}.attn.out.weight": (8, 8) for i in range(2)}
+        )
+
+    found = match(block(True), block(not other))
+    assert {link.op for link in found.certain if "experts" in link.targets[0]} == {"permute([0, 2, 1])" if other else ""}
+    assert {key: link.sources for key, link in found.by_target.items() if link.certain} == {key: (key,) for key in block(True)}
+    assert not any(link.op for link in found.certain if "attn" in link.targets[0])
 
 
 def test_the_same_name_in_another_size_outranks_a_stranger_of_the_same_shape() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from pairs_support import meta
 from rules_support import checkpoint, literal_plan, proposed, read_back
 
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.matching.towers import gathered
+from ckptsurgeon.matching.towers import gathered, led
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -122,3 +123,33 @@ def test_two_parts_that_the_other_side_has_room_for_are_no_towers() -> None:
     source = layers("layers", ".real", ".imag")
     target = layers("blocks", "_r", "_i")
     assert gathered(source, target) == {key: key for key in source}
+
+
+@pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
+@pytest.mark.parametrize("mark", ["decoder_{}", "{}_momentum", "momentum.{}"])
+def test_a_tower_whose_names_say_more_than_those_of_another_is_set_aside(mark: str, in_order: bool) -> None:
+    """A masked autoencoder's decoder repeats the names of its encoder, a momentum copy those of its net."""
+
+    def tower(pattern: str, names: tuple[str, ...], table: str) -> dict[str, TensorMeta]:
+        rows: dict[str, tuple[int, ...]] = {pattern.format(table): (1, 5, 8), f"{pattern.format('norm')}.weight": (8,)}
+        rows |= {f"{pattern.format('blocks')}.{i}.{name}.weight": (8 * (n + 1), 8) for i in range(3) for n, name in enumerate(names)}
+        rows |= {f"{pattern.format('blocks')}.{i}.norm.weight": (8,) for i in range(3)}
+        return {key: meta(key, shape) for key, shape in (rows.items() if in_order else sorted(rows.items()))}
+
+    parts = ("fc1", "fc2", "proj")
+    source = {**tower(mark, parts, "pos_embed"), **tower("{}", parts, "pos_embed")}
+    other = tower("encoder.{}", ("first", "second", "last"), "position_embeddings")
+    found = {key: link.sources for key, link in match(dict(source), other).by_target.items() if link.clear}
+    assert all(not (set(keys) & tower(mark, parts, "pos_embed").keys()) for keys in found.values())
+    assert found["encoder.position_embeddings"] == ("pos_embed",)
+    assert len(found) == len(other)
+
+
+def test_a_tower_is_not_set_aside_where_the_other_side_has_its_word_or_room_for_both() -> None:
+    keys = [f"{mark}blocks.{i}.{name}.weight" for mark in ("", "decoder_") for i in range(2) for name in ("fc", "mid", "out", "norm")]
+    side = {key: meta(key, (8, 8)) for key in keys}
+    half = {f"layers.{at}.weight": meta(f"layers.{at}.weight", (8, 8)) for at in range(8)}
+    assert led(side, half) == {key for key in keys if key.startswith("decoder_")}
+    assert led(side, {f"dec.{key}": tensor for key, tensor in half.items()}) == set()
+    assert led(side, half | {f"more.{key}": tensor for key, tensor in half.items()}) == set()
+    assert led({key: tensor for key, tensor in side.items() if key.startswith("decoder_")}, half) == set()

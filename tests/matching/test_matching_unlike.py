@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pairs_support import meta
+from rows_support import norm
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.proposals.shares import share_of, unlike
@@ -121,3 +122,61 @@ def test_blocks_whose_parts_of_one_name_are_of_other_sizes_are_of_other_models(s
 
     share, why = found(net("features", "squeeze", "expand3x3", 4), net("stages", "squeeze.conv", "expand3x3.conv", squeezed))
     assert share > 0.7 and bool(why) == (squeezed != 4) and ("of other sizes" in why) == bool(why)
+
+
+def growing(path: str, many: tuple[int, ...], unit: str) -> Rows:
+    """Dense blocks: each layer takes in what all before it gave."""
+    rows: Rows = [(f"{path}.stem.weight", (8, 3, 7, 7))]
+    for stage, layers_ in enumerate(many, start=1):
+        for at in range(layers_):
+            rows += [(f"{path}.stage{stage}.{unit}{at + 1}.conv1.weight", (16, 8 * stage + 4 * at, 1, 1))]
+            rows += [(f"{path}.stage{stage}.{unit}{at + 1}.conv2.weight", (4, 16, 3, 3))]
+    return rows
+
+
+def test_more_layers_that_grow_under_other_names_are_another_model() -> None:
+    """DenseNet-121 and DenseNet-169: no two of their layers are of one size."""
+    assert "have no partner" in found(growing("features", (3, 6, 12), "denselayer"), growing("net", (3, 6, 22), "unit"))[1]
+    assert found(growing("features", (3, 6, 12), "denselayer"), growing("net", (3, 6, 12), "unit"))[1] == ""
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_learned_positions_that_the_other_side_has_not_are_of_another_model(learned: bool) -> None:
+    """GPT-2 looks its positions up, GPT-NeoX rotates; what is computed is saved, if at all, as one table and no layer's weight."""
+    tokens: Rows = [("embed.tokens.weight", (50, 8)), *layers("encoder.layer", HF, 4)]
+    other: Rows = [("embed_tokens.weight", (50, 8)), *layers("layers", FAIRSEQ, 4)]
+    places: Rows = [("embed.position_embeddings.weight", (12, 8))] if learned else []
+    told = found([*tokens, *places], other)[1]
+    assert ("is learned" in told) is learned
+    assert found(other, [*tokens, *places])[1] == told
+
+
+@pytest.mark.parametrize("window", [7, 4], ids=["another window", "the same"])
+def test_a_first_convolution_of_another_window_is_of_another_model(window: int) -> None:
+    """PVT's second version embeds overlapping patches; that the convolutions behind them fit says nothing."""
+    rest: Rows = [(f"blocks.{at}.{name}.weight", shape) for at in range(4) for name, shape in (("mix", (8, 8, 3, 3)), ("out", (8, 9)))]
+    source: Rows = [("patch_embed.proj.weight", (8, 3, 4, 4)), *rest]
+    target: Rows = [
+        ("embeddings.patches.weight", (8, 3, window, window)),
+        *((key.replace("blocks", "layers"), shape) for key, shape in rest),
+    ]
+    assert ("reads the input" in found(source, target)[1]) is (window == 7)
+
+
+def plain(*stages: tuple[int, int]) -> Rows:
+    """VGG's layers in one list: a convolution, a norm, and a number left out for what holds nothing."""
+    rows: Rows = []
+    at, into = 0, 3
+    for width, many in stages:
+        for _ in range(many):
+            rows += [(f"features.{at}.weight", (width, into, 3, 3)), (f"features.{at}.bias", (width,)), *norm(f"features.{at + 1}", width)]
+            at, into = at + 3, width
+        at += 1
+    return rows
+
+
+def test_layers_of_other_kinds_under_the_same_numbers_are_of_another_model() -> None:
+    """VGG-13 and VGG-16 begin alike, and count on differently."""
+    thirteen, sixteen = plain((8, 2), (16, 2), (32, 2), (64, 2), (65, 2)), plain((8, 2), (16, 2), (32, 3), (64, 3), (65, 3))
+    assert "another kind has the same name" in found(thirteen, sixteen)[1]
+    assert found(thirteen, thirteen)[1] == ""

@@ -6,7 +6,8 @@ a link as for any other way; lists that are counted in the same order may begin 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations, islice
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _EARLY, _LATE = (
     frozenset({"mlp", "postattn", "premlp", "postmlp", "second", "#2"}),
 )  # norms of a layer
 _CLEARLY = 1.0  # how much better an exchange must be
+EXCHANGED = "its names speak against the other way"
 
 
 class _Beside(NamedTuple):
@@ -48,24 +50,14 @@ def exchangeable(
     links: Iterable[Link], every: Sequence[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]
 ) -> Iterator[tuple[Link, str]]:
     """Each of `links` that names would rather see otherwise, with its rival as `source -> target`; `every` are all clear links."""
-    single = [link for link in links if len(link.sources) == len(link.targets) == 1]
     used = {key for link in every for key in link.sources}, {key for link in every for key in link.targets}
     inside = _signatures(source), _signatures(target)
     free = _Free(inside[0], used[0]), _Free(inside[1], used[1])
-    groups: dict[tuple[str, str, str, str, Signature], list[tuple[str, str, Link]]] = {}
-    for link in single if inside[0] else ():
-        for depth in _DEPTHS:
-            (here, old, rest), (there, new, tail) = _cut(link.sources[0], depth), _cut(link.targets[0], depth)
-            if old and new and not old.isdigit() and not new.isdigit():
-                groups.setdefault((here, rest, there, tail, inside[0][f"{here}{old}"]), []).append((old, new, link))
-    for (here, rest, there, tail, _), members in groups.items():
-        agree = partial(_agree, beside=(_Beside.of(old for old, _, _ in members), _Beside.of(new for _, new, _ in members)))
-        for (old, new, link), (other_old, other_new, other) in combinations(members[:_MOST], 2):
-            straight = agree(old, new) + agree(other_old, other_new)
-            exchanged = agree(old, other_new) + agree(other_old, new)
-            if old != other_old and new != other_new and exchanged - straight >= _CLEARLY and not _in_order(old, new, other_old, other_new):
-                yield link, f"{other.sources[0]} -> {link.targets[0]}"
-                yield other, f"{link.sources[0]} -> {other.targets[0]}"
+    for (here, rest, there, tail, _), members in _groups(links, inside[0]).items():
+        agree = _agreement(members)
+        for pair in _crossed(members, agree):
+            yield pair.link, f"{pair.other.sources[0]} -> {pair.link.targets[0]}"
+            yield pair.other, f"{pair.link.sources[0]} -> {pair.other.targets[0]}"
         if rest.count("."):
             continue
         for old, new, link in members:
@@ -80,6 +72,67 @@ def exchangeable(
                 if agree(name.removeprefix(here), new) >= agreed:
                     yield link, f"{name}.{rest} -> {link.targets[0]}"
                     break
+
+
+def exchanged(
+    links: Sequence[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta], named: Callable[[Link], bool]
+) -> list[Link]:
+    """The links, where two that their names speak against are exchanged, which names speak for; those of equal names (`named`) stay."""
+    rivals: dict[int, list[Link]] = {}
+    for members in _groups((link for link in links if link.clear and not named(link)), _signatures(source)).values():
+        for pair in _crossed(members, _agreement(members)):
+            if pair.straight <= -_CLEARLY and pair.exchanged >= 2 * _CLEARLY:
+                rivals.setdefault(id(pair.link), []).append(pair.other)
+                rivals.setdefault(id(pair.other), []).append(pair.link)
+
+    def settled(link: Link) -> Link:
+        others = {id(other): other for other in rivals.get(id(link), ())}
+        if len(others) != 1:
+            return link
+        (other,) = others.values()
+        if len({*map(id, rivals[id(other)])}) > 1 or other.op != link.op:
+            return link
+        return replace(link, sources=other.sources, evidence=(*link.evidence, EXCHANGED), runner_up="")
+
+    return [settled(link) for link in links]
+
+
+class _Pair(NamedTuple):
+    """Two links, and how much their names agree as they are, and if they were exchanged."""
+
+    link: Link
+    other: Link
+    straight: float
+    exchanged: float
+
+
+_Members = Sequence[tuple[str, str, Link]]  # links with the segments of both keys that may be exchanged
+
+
+def _groups(
+    links: Iterable[Link], inside: Mapping[str, Signature]
+) -> dict[tuple[str, str, str, str, Signature], list[tuple[str, str, Link]]]:
+    """Links whose modules stand in one module on either side, and hold the same."""
+    groups: dict[tuple[str, str, str, str, Signature], list[tuple[str, str, Link]]] = {}
+    for link in links if inside else ():
+        for depth in _DEPTHS if len(link.sources) == len(link.targets) == 1 else ():
+            (here, old, rest), (there, new, tail) = _cut(link.sources[0], depth), _cut(link.targets[0], depth)
+            if old and new and not old.isdigit() and not new.isdigit():
+                groups.setdefault((here, rest, there, tail, inside[f"{here}{old}"]), []).append((old, new, link))
+    return groups
+
+
+def _agreement(members: _Members) -> Callable[[str, str], float]:
+    return partial(_agree, beside=(_Beside.of(old for old, _, _ in members), _Beside.of(new for _, new, _ in members)))
+
+
+def _crossed(members: _Members, agree: Callable[[str, str], float]) -> Iterator[_Pair]:
+    """Pairs of links that names would rather see exchanged."""
+    for (old, new, link), (other_old, other_new, other) in combinations(members[:_MOST], 2):
+        straight = agree(old, new) + agree(other_old, other_new)
+        crossed = agree(old, other_new) + agree(other_old, new)
+        if old != other_old and new != other_new and crossed - straight >= _CLEARLY and not _in_order(old, new, other_old, other_new):
+            yield _Pair(link, other, straight, crossed)
 
 
 def _cut(key: str, depth: int) -> tuple[str, str, str]:

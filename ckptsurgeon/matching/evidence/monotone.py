@@ -6,17 +6,15 @@ Numbers are compared of layers that stand in one module, or that are called alik
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
-from ckptsurgeon.matching.module_tree import module_of
+from ckptsurgeon.matching.module_tree import COUNT, module_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
-_NUMBER = re.compile(r"\d{1,9}")
 _MOST = 32  # layers of one module that others are compared with
 _KINDS = SAYS_NOTHING | {"conv", "norm", "linear", "block"}  # words that several layers of one module may have
 Layers = tuple[str, str]  # of a link: the source's, and the target's
@@ -68,14 +66,14 @@ def _rises(first: str, second: str) -> bool | None:
     """Whether the second of two layers has the higher number; None where their numbers can't be compared."""
     if module_of(first) == module_of(second):
         first, second = (path.rpartition(".")[2] for path in (first, second))
-    elif _NUMBER.sub("#", first) != _NUMBER.sub("#", second):
+    elif COUNT.sub("#", first) != COUNT.sub("#", second):
         return None
     counts = [_counts(path) for path in (first, second)]
     return None if counts[0] == counts[1] or not all(counts) else counts[0] < counts[1]
 
 
 def _counts(path: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in _NUMBER.findall(path))
+    return tuple(int(number) for number in COUNT.findall(path))
 
 
 def _told(layers: Layers, other: Layers) -> bool:

@@ -1,4 +1,4 @@
-"""The role of a tensor in a whole model: token table, table of positions, first convolution, output head, last norm.
+"""The role of a tensor in a whole model: token table, table of positions, first layer, output head, last norm.
 
 Rule: a role speaks for a link only where each side has one tensor of it.
 """
@@ -15,7 +15,14 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _OF_NORMS = tuple(f".{name}" for name, role in ROLES.items() if role in ("weight", "bias"))
-_HEAD, _TOKENS, _PLACES, _STEM = "output head", "table of tokens", "table of positions", "first convolution"
+_HEAD, _TOKENS, PLACES, STEM, _INPUT = (
+    "output head",
+    "table of tokens",
+    "table of positions",
+    "first convolution",
+    "projection of the input",
+)
+_LAYERS = {"proj", "linear", "conv"}
 _HEADS = {"fc", "output", "out", "linear", "last_linear", "dense"}  # modules at the top of a model
 
 
@@ -115,11 +122,13 @@ def role_of(key: str, side: Tensors) -> str | None:
     module, shape = key.rpartition(".")[0], side[key].shape
     words = set(concepts(module))
     if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
-        return _STEM
+        return STEM
+    if len(shape) >= 2 and not _listed(key) and ("patch" in words or ("first" in words and words & _LAYERS)):
+        return _INPUT
     if len(shape) != 2:
         return _HEAD if _is_matrix(shape) and (words & {"head", "lm"} or module in _HEADS) else None
     if "pos" in words:
-        return _PLACES
+        return PLACES
     last = set(concepts(module.rpartition(".")[2]))
     if last & {"tok", "embed"} and not last & {"head", "lm", "out"}:
         return _TOKENS

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 
+from ckptsurgeon.matching.evidence.company import layers_before_norms, rest_is_a_body
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
-from ckptsurgeon.matching.evidence.modules import layers_before_norms, rest_is_a_body
 from ckptsurgeon.matching.evidence.roles import Roles
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
 from ckptsurgeon.matching.module_tree import ROLES, fold, is_float, module_of

@@ -30,8 +30,11 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"(e_)?score_correction_bias(?=$)", "expert.bias"),
+    (r"shexp", "shared.expert"),
     (r"dense_h_to_4h", "up"),
     (r"dense_4h_to_h", "down"),
+    (r"fc1?_g", "gate"),
+    (r"fc1?_x", "up"),
     (r"gate_?up(_proj)?|gate_and_up(_proj)?|w12|w1_?w?3|fc1_gu", "gate.up"),
     (r"layer_?norms?|ln|rms_?norm|batch_?norm([123]d)?|group_?norm|instance_?norm|normali[sz]ation|bn|gn|norms", "norm"),
     (r"layer_?scale|ls|lambda|res_?scale", "scale"),
@@ -67,9 +70,9 @@ _INITIALS = re.compile(r"([A-Z]{2,})([a-z]+)")
 # A word, and the concepts that it stands for.
 _WORDS: dict[str, str] = {}
 for _concept, _spellings in (
-    ("q", "q query queries wq qw"),
-    ("k", "k key keys wk"),
-    ("v", "v value values wv val"),
+    ("q", "q query queries wq qw qs"),
+    ("k", "k key keys wk ks"),
+    ("v", "v value values wv val vs"),
     ("qkv", "qkv"),
     ("kv", "kv"),
     ("attn", "attention attn att mha multihead selfattention attend"),
@@ -83,7 +86,7 @@ for _concept, _spellings in (
     ("patch", "patch patches patchify"),
     ("pos", "pos position positional"),
     ("tok", "tok"),
-    ("cls", "cls"),
+    ("cls", "cls label labels"),
     ("scale", "scale gamma lambda"),
     (
         "head",
@@ -111,7 +114,7 @@ for _concept, _spellings in (
     ("reduce", "reduce reduction squeeze"),
     ("se", "se"),
     ("router", "router"),
-    ("expert", "expert experts"),
+    ("expert", "expert experts exps"),
     ("shared", "shared"),
     ("block", "block blocks layer layers h stage stages unit units resblocks resnets resblock layerlist group groups cell"),
     ("final", "final last post end"),
@@ -158,6 +161,7 @@ _KINDS = (
     {"head", "tok"},
 )
 KIND_WORDS = frozenset().union(*_KINDS)
+_OF_A_LAYER = frozenset({"out", "up", "down"})  # words that say so of what stands in them directly, or in a layer there
 _DIMENSIONS = {"d1", "d2", "d3"}  # `conv2d` counts dimensions
 _INSIDE = {"qkv": {"q", "k", "v"}, "kv": {"k", "v"}}  # words that say several
 # Words that anything may be called.
@@ -214,6 +218,16 @@ def implied(words: Sequence[str]) -> set[str]:
     ['attn', 'k', 'kv', 'v']
     """
     return set(words).union(*(_INSIDE.get(word, ()) for word in words))
+
+
+def said(path: str) -> frozenset[str]:
+    """What a path says; `output_blocks` is no output of an attention, nor `up_blocks` a projection up.
+
+    >>> "out" in said("output_blocks.0.1.qkv"), "out" in said("layer.0.attention.output.dense")
+    (False, True)
+    """
+    near = frozenset(concepts(".".join(path.split(".")[-2:])))
+    return frozenset(concepts(path)) - (_OF_A_LAYER - near)
 
 
 def said_by_place(path: str) -> frozenset[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import direction, either, fused, gated, merging, modulation, patches, rotary, squares
+from ckptsurgeon.matching.layouts import either, fused, gated, modulation, patches, rotary, squares
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import ENOUGH, LAYOUT, Layout, Link
@@ -21,12 +21,12 @@ KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     rotary.find,
     fused.find,
     gated.find,
-    either.find,
+    either.gate_or_up,
     modulation.find,
-    merging.find,
-    patches.find,
+    patches.merged,
+    patches.pixels,
     squares.find,
-    direction.find,
+    either.up_or_down,
 )
 Tensors = Mapping[str, TensorMeta]
 

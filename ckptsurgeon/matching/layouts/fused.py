@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ckptsurgeon.matching.layouts.heads import heads_text
-from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of, word
+from ckptsurgeon.matching.layouts.sides import Sides, heads_text, own_concepts, parent_of, word
+from ckptsurgeon.matching.module_tree import squeezed
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "qkv"
 _IN_TURN = re.compile(r"in_proj|c_attn")  # the same layout wherever the word is used
 _PLAIN = re.compile(r"(?:to_)?q?kv|in_proj")  # in turn in plain vision transformers
 _SEVERAL = re.compile(r"query_key_value|linear_qkv|wqkv|attn|key_value")  # words that published implementations use for several layouts
-_CUT = re.compile(r"(?P<before>(?:transpose \| )?)(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)(?P<after>(?: \| transpose)?)")
+_FLAT = r"reshape\(shape=\[[\d, ]+\]\)"  # without dims of one
+_CUT = re.compile(
+    rf"(?P<before>(?:transpose \| )?)(?:{_FLAT} \| )?(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)(?P<after>(?: \| transpose)?)(?: \| reshape)?"
+)
 _TURN, _GROUP, _HEAD = "in turn", "each group's together", "each head's together"
 
 
@@ -47,6 +50,8 @@ def _parted(link: Link, sides: Sides, whole: str, cut: re.Match[str]) -> Sequenc
     dim = int(cut["dim"])
     turned = bool(cut["after"] if cuts else cut["before"])
     shapes = [side.tensors[part].shape[::-1] if turned else side.tensors[part].shape for part in parts]
+    if "reshape" in link.op:
+        shapes = list(map(squeezed, shapes))
     sizes = [shape[dim] for shape in shapes]
     least = min(sizes)
     if not least or any(size % least for size in sizes):

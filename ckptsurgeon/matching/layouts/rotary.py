@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.heads import heads_text
-from ckptsurgeon.matching.layouts.sides import Sides, own_concepts, parent_of
+from ckptsurgeon.matching.layouts.sides import Sides, heads_text, own_concepts, parent_of
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "rotary"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -19,7 +19,7 @@ from ckptsurgeon.tensors import TensorMeta
 Tensors = Mapping[str, TensorMeta]
 _LEAVES = {"weight", "bias", "param", "qweight", "scales"}
 _ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
-_PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)")
+_PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)|^blk\.\d+\.attn_[qk]\.")
 _OF_POSITIONS = re.compile(r"pos|rel|wpe|attn_?bias|attention_bias", re.IGNORECASE)  # one of these is in each name of positions
 _OF_TOKENS = re.compile(r"tok|word|vocab|wte", re.IGNORECASE)
 # With the name of its adapter, as peft has it.
@@ -169,3 +169,37 @@ class Sides:
     def rotate(self) -> bool:
         """Whether a name on either side says that queries and keys are rotated."""
         return bool(self.source.rotary or self.target.rotary)
+
+
+_OF_A_HEAD = re.compile(r"rel_pos_[hwt]$")  # a table that is multiplied with one head's queries, and not one with a column for each head
+
+
+def heads_text(sides: Sides, keys: tuple[str, str], rows: int, all_rows: int) -> str:
+    """The number of heads that have `rows` rows in all, as text: a variable where nothing tells it, `kv_heads` for fewer keys and values.
+
+    Args:
+        sides: both sides.
+        keys: a key of the source and one of the target, of the same attention.
+        rows: rows of what is looked at: queries, or keys.
+        all_rows: rows of the queries.
+    """
+    both = zip((sides.source, sides.target), keys, strict=True)
+    size = next((size for side, key in both for size in _head_sizes(side, key, all_rows) if rows % size == 0), 0)
+    return str(rows // size) if size else "heads" if rows == all_rows else "kv_heads"
+
+
+def _head_sizes(side: Side, key: str, rows: int) -> Iterator[int]:
+    """What tells the size of a head in the attention of a key: a norm of one head's queries, a table with a column for each head, or the
+    frequencies of a rotation."""
+    parent = parent_of(key)
+    beside = side.under(parent)
+    for name in beside:
+        shape, words = side.tensors[name].shape, set(concepts(name[len(parent) :]))
+        if len(shape) == 1 and "norm" in words and {"q", "k"} & words and shape[0] < rows and rows % shape[0] == 0:
+            yield shape[0]
+        if len(shape) == 2 and "relpos" in words and rows % shape[1] == 0 and shape[1] < rows and not own_concepts(name) & {"q", "k", "v"}:
+            yield shape[1] if _OF_A_HEAD.search(name) else rows // shape[1]
+    for name in side.frequencies:
+        size = 2 * side.tensors[name].shape[0]
+        if rows % size == 0:
+            yield size

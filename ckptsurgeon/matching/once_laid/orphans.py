@@ -38,10 +38,20 @@ def orphans(links: Sequence[Link], record: Record, source: Tensors, target: Tens
             candidates = _Candidates(rule, here, there, (source_path, target_path))
             for tensor in there:
                 mine = candidates.of_target(tensor, source_left)
-                if len(mine) == 1 and len(candidates.of_source(mine[0], target_left)) == 1:
+                if (
+                    len(mine) == 1
+                    and len(candidates.of_source(mine[0], target_left)) == 1
+                    and not _other_biases(mine[0].name, tensor.name, source, target)
+                ):
                     new_links.append(Link((mine[0].name,), (tensor.name,), "", ENOUGH, (rule.words,)))
                     del source_left[mine[0].name], target_left[tensor.name]
     return new_links
+
+
+def _other_biases(key: str, name: str, source: Tensors, target: Tensors) -> bool:
+    """Whether two layers have biases of their own, of other sizes: their matrices are of one shape by chance, or one is turned."""
+    biases = source.get(f"{module_of(key)}.bias"), target.get(f"{module_of(name)}.bias")
+    return None not in biases and len({bias.shape for bias in biases if bias}) > 1
 
 
 def uncrossed(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from math import inf
 
-from ckptsurgeon.matching.evidence.roles import role_of
+from ckptsurgeon.matching.evidence.roles import PLACES, STEM, role_of
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.module_tree import around, is_float
@@ -22,6 +23,7 @@ from ckptsurgeon.tensors import TensorMeta
 LEAST = 0.5  # of the target's tensors and elements, or of the source's, that links must explain
 _LEVELS = 4  # of numbered lists around a tensor that are looked at
 _BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
+_PART = 0.2  # of a side's elements, from which on a list of it tells
 _BARE = 0.25  # of a block's tensors, below which it has no partner
 _KINDS = {"conv", "norm", "relpos", "pos"}  # words of a block that say little, or of tables that have the size of the input
 _MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
@@ -56,13 +58,19 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
     """
     whole = Sides(Side(source), Side(target))
     if whole.one_naming:
-        return _torn(whole.names, source, target)
+        return _torn(whole.names, source, target, taken, reached)
     sides = [
         (done, {key: tensor for key, tensor in side.items() if is_float(tensor)}) for done, side in ((taken, source), (reached, target))
     ]
+    placed = [_learned_places(done, side) for done, side in sides]
+    for where, other in zip(placed, (whole.target, whole.source), strict=True):
+        if where and not other.positions:
+            return f"{where} is learned, and the other side has no positions"
     open_roles = [{role for key in side.keys() - done if (role := _sized(key, side))} for done, side in sides]
     resized = open_roles[0] & open_roles[1]
     inputs = [[key for key in side if _reads_input(key, side)] for _, side in sides]
+    stems = [[key for key in keys if role_of(key, side) == STEM] for keys, (_, side) in zip(inputs, sides, strict=True)]
+    inputs = stems if all(stems) else inputs
     met = any(key in done or _sized(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
     if all(inputs) and not met:
         return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
@@ -80,6 +88,19 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
     )
 
 
+def _learned_places(done: Collection[str], side: Tensors) -> str:
+    """A table of positions that is looked up in, and has no partner, in a part of a side of which other tensors have one."""
+    parts = {key.partition(".")[0] for key in done}
+    return next(
+        (
+            key
+            for key, tensor in side.items()
+            if len(tensor.shape) == 2 and key not in done and role_of(key, side) == PLACES and key.partition(".")[0] in parts
+        ),
+        "",
+    )
+
+
 def _deeper(done: Collection[str], side: Tensors, why: str) -> str:
     """The list that holds most of a side and of which some blocks have a partner, and others that are equal to them have none; in words.
 
@@ -92,14 +113,17 @@ def _deeper(done: Collection[str], side: Tensors, why: str) -> str:
             lists.setdefault(key[: found.start()], {}).setdefault(found[0], []).append(key)
     whole = sum(tensor.numel for tensor in side.values())
     for head, members in lists.items():
-        if 2 * sum(side[key].numel for keys in members.values() for key in keys) > whole:
-            equal: dict[object, list[str]] = {}
-            for number, keys in members.items():
-                equal.setdefault(frozenset((key[len(head) + len(number) :], side[key].shape) for key in keys), []).append(number)
-            for numbers in equal.values():
+        part = sum(side[key].numel for keys in members.values() for key in keys) / whole
+        equal: dict[object, list[str]] = {}
+        called: dict[object, list[str]] = {}
+        for number, keys in members.items() if part > _PART else ():
+            equal.setdefault(frozenset((key[len(head) + len(number) :], side[key].shape) for key in keys), []).append(number)
+            called.setdefault(frozenset(key[len(head) + len(number) :] for key in keys), []).append(number)
+        for alike, least in ((equal, 1 if part > 0.5 else inf), (called, _BLOCKS)):
+            for numbers in alike.values():
                 shares = [sum(key in done for key in members[number]) / len(members[number]) for number in numbers]
                 alone = sum(share < _BARE for share in shares)
-                if alone and max(shares) == 1.0:
+                if alone >= least and max(shares) == 1.0:
                     return f"of {len(numbers)} equal blocks such as {head}{numbers[0]}, {alone} have no partner{why}"
     return ""
 
@@ -127,14 +151,21 @@ def _other_sizes(left: _Left, other_left: _Left) -> str:
     return f"{first} and {second} are of other sizes, in blocks of which the rest goes together"
 
 
-def _torn(names: Mapping[str, str], source: Tensors, target: Tensors) -> str:
-    """The list of which most blocks have, under equal names, half of their tensors in other sizes and others in the same; in words."""
+def _torn(names: Mapping[str, str], source: Tensors, target: Tensors, taken: Collection[str], reached: Collection[str]) -> str:
+    """The list of which most blocks have, under equal names, half of their tensors in other sizes and others in the same, or of which
+    layers without a partner are of other kinds; in words."""
+    others: dict[str, dict[str, str]] = {}
     counts: dict[str, dict[str, Counter[bool]]] = {}
     for key, name in names.items():
         if name in target and is_float(source[key]):
             for number in _MEMBER.finditer(name):
                 members = counts.setdefault(name[: number.start()], {})
                 members.setdefault(number[0], Counter())[source[key].numel == target[name].numel] += 1
+                if not (key in taken and name in reached) and len(source[key].shape) != len(target[name].shape):
+                    others.setdefault(name[: number.start()], {}).setdefault(number[0], key)
+    for head, keys in others.items():
+        if len(keys) > 1:
+            return f"of {len(keys)} layers such as {head}{next(iter(keys))} another kind has the same name"
     for head, members in counts.items():
         torn = [member for member, count in members.items() if 0 < count[True] <= count[False]]
         if len(torn) >= _BLOCKS and 2 * len(torn) > len(members):
