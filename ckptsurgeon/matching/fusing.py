@@ -189,12 +189,23 @@ class _Pieces:
                     for edge in (*_edges(unit.main), *_edges(unit.main[::-1])):
                         self.by_edge.setdefault(edge, {})[index] = family
         self.rows: dict[int, list[list[Node]]] = {}
+        lists = [
+            sorted(row, key=lambda unit: unit.numbers) for row in _families([unit for unit in matrices if unit.name.isdigit()], _list_of)
+        ]
+        lists = [row for row in lists if len(row) > 1 and [int(unit.name) for unit in row] == list(range(len(row)))]
         for row in _families(matrices, _without_numbers):
             self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
-        self.single = [sorted(row, key=lambda unit: unit.numbers) for row in _families(matrices, _row_of)]
+        for row in lists:
+            self.rows.setdefault(len(row), []).append(row)
+        self.lists = lists
+        self.single = lists + [sorted(row, key=lambda unit: unit.numbers) for row in _families(matrices, _row_of)]
 
     def of(self, whole: Node) -> _Match | None:
         """The units that add up to a whole, in order, with a margin and words."""
+        if len(whole.main) == 2:
+            told = _in_a_row(whole, [row for row in self.lists if not any(id(unit) in self.taken for unit in row)])
+            if told and told[1] == inf:
+                return told
         families = {index: family for edge in _edges(whole.main) for index, family in self.by_edge.get(edge, {}).items()}
         for _, family in sorted(families.items()):
             group = [unit for unit in family if unit.size < whole.size and id(unit) not in self.taken]
@@ -251,13 +262,20 @@ def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
         for row_words in (set(concepts(_row_of(row[0]).replace("{}", ""))),)
     ]
     best = max(shares)
-    return tuple(fits[shares.index(best)]), inf if shares.count(best) == 1 else 0.5, "one for each number, side by side"
+    row = fits[shares.index(best)]
+    said = best > 0 or not row[0].name.isdigit()
+    return tuple(row), inf if said and shares.count(best) == 1 else 0.5, "one for each number, side by side"
 
 
 def _may_hold(whole: Node, parts: Sequence[Node]) -> bool:
     """Whether parts are of one member of each list, or in more lists than their whole: a layer does not hold one part of each layer."""
     members = [[part for part in unit.path.split(".") if part.isdigit()] for unit in (whole, *parts)]
     return all(parts_of == members[1] for parts_of in members[1:]) or len(members[1]) > len(members[0])
+
+
+def _list_of(unit: Node) -> str:
+    """What stands before the number that a unit is called by."""
+    return unit.path.removesuffix(unit.name)
 
 
 def _row_of(unit: Node) -> str:
@@ -273,13 +291,20 @@ def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
     """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
     rest = list(whole.main[1:])
     gates = gated([row[0].name for row in rows])
-    words = {id(row[0]): {*concepts(row[0].name), gates.get(row[0].name, "")} for row in rows}
+    words = {
+        id(row[0]): {*concepts(_list_of(row[0]) if row[0].name.isdigit() else row[0].name), gates.get(row[0].name, "")} for row in rows
+    }
     fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
     if fits:
         whole_words = set(concepts(whole.name))
         shared = [len(whole_words & words[id(row[0])]) for row in fits]
         row = fits[shared.index(max(shared))]
-        return tuple(row), inf if len(fits) == 1 or shared.count(max(shared)) == 1 else 0.5, "one for each number, stacked"
+        told = (
+            shared.count(max(shared)) == 1 and max(shared) > 0
+            if row[0].name.isdigit()
+            else len(fits) == 1 or shared.count(max(shared)) == 1
+        )
+        return tuple(row), inf if told else 0.5, "one for each number, stacked"
     for first, second in ((first, second) for first in rows for second in rows if first is not second):
         if 2 * prod(first[0].main) == prod(rest) and first[0].main == second[0].main:
             named = "gate" in words[id(first[0])] and "up" in words[id(second[0])]

@@ -54,7 +54,7 @@ def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, T
 def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> str | None:
     """What makes a tensor the other; None where nothing does."""
     shape = turned.source[source.name].shape
-    if source.name in turned.dims:
+    if source.name in turned.looks:
         return turned.op(source.name)
     if shape == target.shape:
         return ""

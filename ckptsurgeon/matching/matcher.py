@@ -196,7 +196,7 @@ def _look(source: Tensors, target: Tensors, ordered: bool, rest: bool = False) -
 def _turned_or_not(source: Tensors, target: Tensors, ordered: bool, rest: bool) -> tuple[list[Link], float]:
     as_is = _match(source, target, Turned(source), ordered, rest)
     about = turned(source, target)
-    if about.dims:
+    if about.looks:
         as_turned = _match(source, target, about, ordered, rest)
         if _worth(as_turned[0], target) > _worth(as_is[0], target):
             return as_turned

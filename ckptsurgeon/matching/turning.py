@@ -1,13 +1,14 @@
 """Weights that one side holds with their dims in another order: `x @ w` for `linear`, a convolution's window before its channels.
 
 Rule: a side is looked at turned as a whole, where enough of its weights fit in no other way; a square matrix, which fits both ways, is
-turned as those of its kind are.
+turned as those of its kind are. JAX has the heads of an attention as a dim of their own, which is looked at as one with the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import MEMBER, around, fold
@@ -23,17 +24,43 @@ AS_IT_IS = "as it is, like those of its name that are not square"
 # Parts side by side along the other dim, turned: of square ones, both fit.
 BESIDE = {"chunk(dim=1)": f"{TURN} | chunk(dim=0)", "concat(dim=1)": f"concat(dim=0) | {TURN}"}
 _LEAST = 0.1  # of the weights that may be turned, that must fit turned only
-# How dims stand elsewhere, by their number: a matrix, a stack of matrices, a window before its channels (in, out; or, where each channel
-# has a window of its own, channels and one).
-_TURNS = {2: ((1, 0),), 3: ((2, 1, 0), (0, 2, 1)), 4: ((3, 2, 0, 1), (2, 3, 0, 1)), 5: ((4, 3, 0, 1, 2),)}
+
+
+class Look(NamedTuple):
+    """In which order a tensor's dims are looked at, and which two of them, then, as one: the first of the two, if any."""
+
+    order: tuple[int, ...]
+    one: int | None = None
+
+    def shape(self, shape: Shape) -> Shape:
+        """How a tensor of this shape looks."""
+        dims = [shape[dim] for dim in self.order]
+        return tuple(dims if self.one is None else [*dims[: self.one], dims[self.one] * dims[self.one + 1], *dims[self.one + 2 :]])
+
+    def op(self, shape: Shape) -> str:
+        """What makes it so, as an adapt rule writes it."""
+        rising = self.order == tuple(range(len(self.order)))
+        turn = "" if rising else TURN if self.order == (1, 0) else f"permute({list(self.order)})"
+        sizes = [-1 if at == self.one else size for at, size in enumerate(self.shape(shape))]
+        return " | ".join(filter(None, (turn, "" if self.one is None else f"reshape(shape={sizes})")))
+
+
+# How dims stand elsewhere, by their number: a matrix (and a bias of heads), a stack of matrices and projections to heads and from them, a
+# window before its channels (in, out; or, where each channel has a window of its own, channels and one).
+_LOOKS = {
+    2: (Look((1, 0)), Look((0, 1), 0)),
+    3: (Look((2, 1, 0)), Look((0, 2, 1)), Look((1, 2, 0), 0), Look((2, 0, 1), 1)),
+    4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1))),
+    5: (Look((4, 3, 0, 1, 2)),),
+}
 
 
 @dataclass(frozen=True)
 class Turned:
-    """The source's tensors as they are in the file, and in which order the dims of those stand that are looked at turned."""
+    """The source's tensors as they are in the file, and how those look that are looked at otherwise."""
 
     source: Tensors
-    dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    looks: Mapping[str, Look] = field(default_factory=dict)
 
     def chain(self, name: str, *ops: str) -> str:
         """The ops of a link, after the one that turns its sources."""
@@ -41,16 +68,11 @@ class Turned:
 
     def op(self, name: str) -> str:
         """What turns a tensor, as an adapt rule writes it; "" for one that is looked at as it is."""
-        return turning(self.dims[name]) if name in self.dims else ""
+        return self.looks[name].op(self.source[name].shape) if name in self.looks else ""
 
     def seen(self, tensor: TensorMeta) -> TensorMeta:
         """A tensor as it is looked at."""
-        return replace(tensor, shape=tuple(tensor.shape[dim] for dim in self.dims[tensor.name])) if tensor.name in self.dims else tensor
-
-
-def turning(dims: tuple[int, ...]) -> str:
-    """The op that brings dims into an order, as an adapt rule writes it."""
-    return TURN if len(dims) == 2 else f"permute({list(dims)})"
+        return replace(tensor, shape=self.looks[tensor.name].shape(tensor.shape)) if tensor.name in self.looks else tensor
 
 
 def turned(source: Tensors, target: Tensors) -> Turned:
@@ -59,17 +81,22 @@ def turned(source: Tensors, target: Tensors) -> Turned:
     kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
     along = _along_biases(source), _along_biases(target)
     kernels = kernels or along in (({0}, {1}), ({1}, {0}))
-    turns: dict[str, tuple[int, ...]] = {}
-    for many, dims in ((many, dims) for many, orders in _TURNS.items() for dims in orders):
-        weights = {key: tensor.shape for key, tensor in source.items() if len(tensor.shape) == many and not (many == 2 and _table(key))}
-        turned_shapes = {key: tuple(shape[dim] for dim in dims) for key, shape in weights.items()}
+    looks: dict[str, Look] = {}
+    for many, look in ((many, look) for many, every in _LOOKS.items() for look in every):
+        of_biases = many == 2 and look.one is not None
+        weights = {
+            key: tensor.shape
+            for key, tensor in source.items()
+            if len(tensor.shape) == many and not (many == 2 and _table(key)) and (key.endswith("bias") or not of_biases)
+        }
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
-        only = sum(shape not in shapes and turned_shapes[key] in shapes for key, shape in weights.items())
-        never = sum(shape in shapes and turned_shapes[key] not in shapes for key, shape in weights.items())
+        fits = {key: look.shape(shape) in shapes for key, shape in weights.items()}
+        only = sum(shape not in shapes and fits[key] for key, shape in weights.items())
+        never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
         if (kernels and not never) or (only > never and only >= _LEAST * len(weights)):
-            turns = {key: dims for key in weights if turned_shapes[key] in shapes} | turns
-    return Turned(source, turns)
+            looks = {key: look for key in weights if fits[key]} | looks
+    return Turned(source, looks)
 
 
 def _along_biases(side: Tensors) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pairs_support import PAIRS, matched, meta, read_pair
 from ckptsurgeon.adapters.chain import RuleOp, fill_chain
 from ckptsurgeon.adapters.table import parse_ops, run
 from ckptsurgeon.matching.matcher import match
-from ckptsurgeon.planning.links import Link
+from ckptsurgeon.planning.links import Layout, Link
 from ckptsurgeon.rules.variables import filled
 
 Shapes = dict[str, tuple[int, ...]]
@@ -183,6 +184,78 @@ def test_the_square_parts_of_a_matrix_lie_along_either_dim(turned: bool | None, 
         made_of = made(parts, 1, tensors, target)
         wanted = tensors["h.1.attn.c_attn.weight"].T.chunk(3)
         assert all(torch.equal(made_of[f"layers.1.attn.{name}_proj.weight"], part) for name, part in zip("qkv", wanted, strict=True))
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("leaf", ["kernel", "weight"])
+def test_heads_that_are_a_dim_of_their_own(leaf: str, in_order: bool) -> None:
+    """JAX's attention projects to (width, heads, size) and back from (heads, size, width); a linear layer has heads and size as one."""
+    width, heads, size, groups = 24, 4, 5, 2
+    shapes = {"query": (width, heads, size), "key": (width, groups, size), "value": (width, groups, size), "out": (heads, size, width)}
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    source: Shapes = {f"blocks.{i}.attn.{part}.{leaf}": shape for i in range(2) for part, shape in shapes.items()}
+    source |= {f"blocks.{i}.attn.{part}.bias": shape[1:] for i in range(2) for part, shape in shapes.items() if part != "out"}
+    target: Shapes = {}
+    for i in range(2):
+        for part, shape in shapes.items():
+            flat = (width, heads * size) if part == "out" else (shape[1] * size, width)
+            target |= {f"layers.{i}.attention.{names[part]}.weight": flat}
+            target |= {} if part == "out" else {f"layers.{i}.attention.{names[part]}.bias": flat[:1]}
+    found = links(source, target, in_order)
+    assert {key: link.sources for key, link in found.items()} == {
+        f"layers.{i}.attention.{name}.{end}": (f"blocks.{i}.attn.{part}.{leaf if end == 'weight' else end}",)
+        for i in range(2)
+        for part, name in names.items()
+        for end in ("weight", "bias")
+        if (part, end) != ("out", "bias")
+    }
+    x, y = torch.randn(3, width), torch.randn(3, heads, size)
+    for key, link in found.items():
+        assert link.clear
+        given = torch.randn(source[link.sources[0]])
+        made_of = made(
+            replace(link, choices=link.choices or (Layout("", "", link.sources, link.targets, link.op),)),
+            0,
+            {link.sources[0]: given},
+            target,
+        )[key]
+        if key.endswith("bias"):
+            assert torch.equal(made_of, given.flatten())
+        elif "o_proj" in key:
+            assert torch.allclose(y.flatten(1) @ made_of.T, torch.einsum("bhs,hsw->bw", y, given), atol=1e-5)
+        else:
+            assert torch.allclose(x @ made_of.T, torch.einsum("bw,whs->bhs", x, given).flatten(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_members_of_a_list_are_one_tensor_elsewhere(stacked: bool, in_order: bool) -> None:
+    """An embedding for each codebook, side by side or stacked; layers between which others stand are no such list."""
+    rest: Shapes = {f"body.{i}.proj.weight": (8, 9) for i in range(4)}
+    source = rest | {f"decoder.embeddings.{i}.weight": (5, 8) for i in range(3)}
+    target = {key.replace("body", "layers"): shape for key, shape in rest.items()} | {
+        "decoder.embeddings.embed.weight": (3, 5, 8) if stacked else (15, 8)
+    }
+    link = links(source, target, in_order)["decoder.embeddings.embed.weight"]
+    assert link.clear and link.sources == tuple(f"decoder.embeddings.{i}.weight" for i in range(3))
+    assert link.op == ("stack(dim=0)" if stacked else "concat(dim=0)")
+    gaps = rest | {f"decoder.embeddings.{2 * i}.weight": (5, 8) for i in range(3)}
+    assert "decoder.embeddings.embed.weight" not in {key for key, one in links(gaps, target, in_order).items() if one.clear}
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+def test_two_counted_matrices_are_the_halves_of_one_in_either_order(in_order: bool) -> None:
+    """T5's `wi_0` and `wi_1` in a GEGLU: diffusers has the gate behind, others before."""
+    source: Shapes = {f"layers.{i}.ffn.{name}.weight": (24, 8) for i in range(2) for name in ("wi_0", "wi_1")}
+    source |= {f"layers.{i}.ffn.wo.weight": (8, 24) for i in range(2)}
+    target: Shapes = {f"layers.{i}.ff.net.0.proj.weight": (48, 8) for i in range(2)} | {
+        f"layers.{i}.ff.net.2.weight": (8, 24) for i in range(2)
+    }
+    link = links(source, target, in_order)["layers.1.ff.net.0.proj.weight"]
+    assert link.doubt == "layout"
+    assert {choice.sources for choice in link.choices} >= {
+        tuple(f"layers.1.ffn.wi_{at}.weight" for at in order) for order in ((0, 1), (1, 0))
+    }
 
 
 def test_groups_of_heads_that_share_a_key() -> None:

@@ -19,7 +19,8 @@ _PLAIN = re.compile(r"(?:to_)?q?kv|in_proj")  # in turn in plain vision transfor
 _SEVERAL = re.compile(r"query_key_value|linear_qkv|wqkv|attn|key_value")  # words that published implementations use for several layouts
 _FLAT = r"reshape\(shape=\[[\d, ]+\]\)"  # without dims of one
 _CUT = re.compile(
-    rf"(?P<before>(?:transpose \| )?)(?:{_FLAT} \| )?(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)(?P<after>(?: \| transpose)?)(?: \| reshape)?"
+    rf"(?P<before>(?:transpose \| )?)(?P<flat>(?:{_FLAT} \| )?)(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)"
+    r"(?P<after>(?: \| transpose)?)(?P<last>(?: \| reshape)?)"
 )
 _TURN, _GROUP, _HEAD = "in turn", "each group's together", "each head's together"
 
@@ -50,7 +51,7 @@ def _parted(link: Link, sides: Sides, whole: str, cut: re.Match[str]) -> Sequenc
     dim = int(cut["dim"])
     turned = bool(cut["after"] if cuts else cut["before"])
     shapes = [side.tensors[part].shape[::-1] if turned else side.tensors[part].shape for part in parts]
-    if "reshape" in link.op:
+    if cut["flat"] or cut["last"]:
         shapes = list(map(squeezed, shapes))
     sizes = [shape[dim] for shape in shapes]
     least = min(sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ckptsurgeon.matching.evidence.distinguish import are_two_counted
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.planning.links import Layout, Link
@@ -30,7 +31,12 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     whole = link.sources[0] if cuts else link.targets[0]
     all_words = own_concepts(whole) | frozenset(word for part in parts[:2] for word in concepts(part))
     tensors = sides.target.tensors if cuts else sides.source.tensors
-    if not all_words & {"gate", "up"} or own_concepts(parts[0]) & {"q", "k", "v"} or len({tensors[part].shape for part in parts}) > 1:
+    counted = len(parts) == 2 and are_two_counted([word(part) for part in parts])
+    if (
+        not (all_words & {"gate", "up"} or counted)
+        or own_concepts(parts[0]) & {"q", "k", "v"}
+        or len({tensors[part].shape for part in parts}) > 1
+    ):
         return ()
     if len(parts) > 2 and not _STACKED.search(link.op):
         return ()

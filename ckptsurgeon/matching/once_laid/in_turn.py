@@ -22,6 +22,7 @@ from ckptsurgeon.tensors import TensorMeta
 Tensors = Mapping[str, TensorMeta]
 Cut = Callable[[str], str]  # the block that a key is looked at in
 IN_TURN = "of the same sizes in turn"
+_AS_IT_LIES = ("", "reshape")  # ops that move no element
 _LEAST = 3  # blocks of a kind
 _MOST = 3  # kinds on one side
 _DOT = re.compile(r"\.")
@@ -81,7 +82,7 @@ def _together(pairs: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
 
 
 def _in_turn(links: Sequence[Link], source: Blocks, target: Blocks, named: Callable[[Link], bool]) -> list[Link]:
-    alone = [link for link in links if len(link.sources) == len(link.targets) == 1 and link.op in ("", "reshape")]
+    alone = [link for link in links if len(link.sources) == len(link.targets) == 1 and link.op in _AS_IT_LIES]
     moved: dict[str, Link] = {}
     for group in _groups(alone, source, target):
         parts = _parts(group, source, target)
