@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs_support import meta
 
-from ckptsurgeon.matching.assignment import assign, margins
+from ckptsurgeon.matching.choose import assign, margins
 from ckptsurgeon.matching.evidence.vocabulary import concepts, conflict, gated
 from ckptsurgeon.matching.matcher import has_order, match
 from ckptsurgeon.matching.module_tree import Node, both, fold
