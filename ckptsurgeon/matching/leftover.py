@@ -18,7 +18,7 @@ from ckptsurgeon.matching.pairing import Laid, Left, laid, under
 from ckptsurgeon.planning.links import ENOUGH
 
 UNSAID = "names do not say so"
-_SAID = 2  # words in common along both paths, that speak for a pair where the last ones do not
+_SAID = 2  # words in common along both paths, and that both are a bias, that speak for a pair where the last words do not
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,19 @@ def _doubted(choice: Choice, clues: Clues) -> Choice:
         or clues.behind_the_same(choice.source, choice.target)
         or clues.with_the_same(choice.source, choice.target)
         or _last_word(choice.source) & _last_word(choice.target)
-        or len({word for word in source_words & target_words if word[0] != "#"} - (SAYS_NOTHING - {"bias"})) >= _SAID
+        or _said(source_words & target_words) + (_roles(choice.source) == _roles(choice.target) == {"bias"}) >= _SAID
     ):
         return choice
     return replace(choice, margin=0.5, evidence=(*choice.evidence, UNSAID))
+
+
+def _said(words: frozenset[str]) -> int:
+    return len({word for word in words if word[0] != "#"} - SAYS_NOTHING)
+
+
+def _roles(node: Node) -> set[str]:
+    """The roles of a unit's tensors; a parameter by itself that is called a bias of something is a bias."""
+    return {concepts(role)[-1] for role in node.tensors}
 
 
 def _last_word(node: Node) -> frozenset[str]:

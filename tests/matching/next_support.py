@@ -79,8 +79,8 @@ def made(row: dict[str, object], source: State, goal: Tensor) -> Tensor:
         return first.index_select(numbers[0], torch.tensor(row["index"]))
     if op.startswith("transpose of "):
         return made({**row, "op": op.removeprefix("transpose of ")}, source, goal.mT).mT
-    if op.startswith("permute("):
-        return first.permute(numbers)
+    if op.startswith("permute"):
+        return first.permute(numbers[: first.ndim]).reshape(goal.shape)
     if op.startswith("chunk"):
         index, of, dim = numbers
         size = first.shape[dim] // of

@@ -131,6 +131,8 @@ def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
         if len(order) == 2:  # two dims that change places
             order = [dict(zip(order, order[::-1], strict=True)).get(dim, dim) for dim in range(len(pair.target[key].shape))]
         return f"permute({order})" in link.op
+    if told.startswith("reshape") and max(pair.target[key].shape, default=1) == pair.target[key].numel:
+        return not {*ops} - {"reshape", "transpose", "permute"}  # a row is a column turned, or with other dims
     name = told.partition("(")[0].split(" ")[0]
     if name == "permute_rows" and not ops:
         return False

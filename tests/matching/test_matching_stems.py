@@ -125,8 +125,8 @@ def test_rivals_are_shown_as_the_file_spells_them() -> None:
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["in the source", "in the target"])
 def test_words_that_run_together_are_the_two_that_the_other_side_has(turn: int) -> None:
-    run, apart = (side({f"layers.0.{name}.weight": (4, 4)}) for name in ("qpos_proj", "attn.q_pos_proj"))
-    assert [[*named.values()] for named in parted(*(run, apart)[::turn])][::turn] == [["layers.0.q_pos_proj.weight"], [*apart]]
+    run, apart = (side({f"layers.0.{name}.weight": (4, 4)}) for name in ("qtext_proj", "attn.q_text_proj"))
+    assert [[*named.values()] for named in parted(*(run, apart)[::turn])][::turn] == [["layers.0.q_text_proj.weight"], [*apart]]
 
 
 @pytest.mark.parametrize(
