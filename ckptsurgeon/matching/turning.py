@@ -49,7 +49,7 @@ class Look(NamedTuple):
 # window before its channels (in, out; or, where each channel has a window of its own, channels and one).
 _LOOKS = {
     2: (Look((1, 0)), Look((0, 1), 0)),
-    3: (Look((2, 1, 0)), Look((0, 2, 1)), Look((1, 2, 0), 0), Look((2, 0, 1), 1)),
+    3: (Look((2, 1, 0)), Look((1, 2, 0)), Look((0, 2, 1)), Look((1, 2, 0), 0), Look((2, 0, 1), 1)),
     4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1))),
     5: (Look((4, 3, 0, 1, 2)),),
 }

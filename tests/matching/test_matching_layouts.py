@@ -228,6 +228,24 @@ def test_heads_that_are_a_dim_of_their_own(leaf: str, in_order: bool) -> None:
 
 
 @pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("dims", [1, 2])
+def test_windows_before_their_channels(dims: int, in_order: bool) -> None:
+    """TensorFlow has (window, in, out), and (window, channels, 1) where each channel has a window of its own."""
+    window = (3,) * dims
+    source: Shapes = {"stem/kernel": (*window, 3, 8)} | {f"block_{i}/depthwise/kernel": (*window, 8 * i, 1) for i in (1, 2)}
+    target: Shapes = {"stem.weight": (8, 3, *window)} | {f"blocks.{i}.depthwise.weight": (8 * i, 1, *window) for i in (1, 2)}
+    found = links(source, target, in_order)
+    assert {key: link.sources[0].partition("/")[0] for key, link in found.items() if link.clear} == {
+        "stem.weight": "stem",
+        **{f"blocks.{i}.depthwise.weight": f"block_{i}" for i in (1, 2)},
+    }
+    for key, link in found.items():
+        given = torch.randn(source[link.sources[0]])
+        got = made(replace(link, choices=(Layout("", "", link.sources, link.targets, link.op),)), 0, {link.sources[0]: given}, target)[key]
+        assert torch.equal(got, given.movedim((-1, -2), (0, 1)) if "stem" in key else given.movedim((-2, -1), (0, 1)))
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_members_of_a_list_are_one_tensor_elsewhere(stacked: bool, in_order: bool) -> None:
     """An embedding for each codebook, side by side or stacked; layers between which others stand are no such list."""

@@ -56,6 +56,12 @@ def test_a_margin_is_never_less_than_what_the_next_assignment_loses(scores: list
         ("lm_head", "output_projection"),
         ("layerScale1", "ls1"),
         ("feed_forward", "mlp"),
+        ("class_embedding", "label_emb"),
+        ("ffn_gate_inp_shexp", "shared_expert_gate"),
+        ("fc1_g", "gate_proj"),
+        ("w_qs", "q_proj"),
+        ("sa_kcontent_proj", "self_attn_key_content_proj"),
+        ("w2v_model", "wav2vec2"),
     ],
 )
 def test_words_that_mean_the_same(one: str, other: str) -> None:

@@ -89,7 +89,12 @@ class Roles:
     @cached_property
     def _of_role(self) -> tuple[Counter[str], Counter[str]]:
         counts = [
-            Counter(role for key in side if (role := role_of(key, side)) and key.endswith("weight")) for side in (self.source, self.target)
+            Counter(
+                role
+                for key, tensor in side.items()
+                if (role := role_of(key, side)) and (key.endswith("weight") or _projects(key, tensor.shape))
+            )
+            for side in (self.source, self.target)
         ]
         return counts[0], counts[1]
 
@@ -117,9 +122,16 @@ def _listed(key: str) -> bool:
     return any(map(str.isdigit, key.split(".")))
 
 
+def _projects(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix is a parameter by itself, outside of numbered lists, that projects what a tower gives: `visual.proj`."""
+    return len(shape) == 2 and key.rpartition(".")[2] == "proj" and not _listed(key)
+
+
 def role_of(key: str, side: Tensors) -> str | None:
     """The role that a tensor has in a whole model, where its name and shape say one."""
     module, shape = key.rpartition(".")[0], side[key].shape
+    if _projects(key, shape):
+        return _HEAD
     words = set(concepts(module))
     if len(shape) in (4, 5) and 1 < shape[1] <= 4 < shape[0]:
         return STEM

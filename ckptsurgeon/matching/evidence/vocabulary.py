@@ -32,6 +32,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"(e_)?score_correction_bias(?=$)", "expert.bias"),
     (r"shexp", "shared.expert"),
     (r"([qkv])(content|pos)", r"\1.\2"),
+    (r"w2v2?_(encoder|model)", r"audio.\1"),
     (r"dense_h_to_4h", "up"),
     (r"dense_4h_to_h", "down"),
     (r"fc1?_g", "gate"),

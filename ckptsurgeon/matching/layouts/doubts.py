@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.layouts import either, fused, gated, modulation, patches, rotary, squares
+from ckptsurgeon.matching.layouts import either, fused, halves, patches, rotary, squares
 from ckptsurgeon.matching.layouts.sides import Side, Sides
 from ckptsurgeon.matching.same_names import SAME
 from ckptsurgeon.planning.links import ENOUGH, LAYOUT, Layout, Link
@@ -20,9 +20,9 @@ from ckptsurgeon.tensors import TensorMeta
 KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     rotary.find,
     fused.find,
-    gated.find,
+    halves.gate_and_up,
     either.gate_or_up,
-    modulation.find,
+    halves.shift_and_scale,
     patches.merged,
     patches.pixels,
     squares.find,

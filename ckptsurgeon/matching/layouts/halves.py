@@ -1,7 +1,8 @@
-"""The gate and the up projection in one matrix, by itself or stacked over experts: which is first, or whether they take turns.
+"""The halves of a matrix: the gate and the up projection, by itself or stacked over experts, and the shift and the scale of a modulation.
 
 Rule: implementations lay either first (Phi-3's gate, diffusers' GEGLU's other half), and some row by row (gpt-oss). Where both sides have
-the fused matrix, it is taken as it stands if both call it the same, and is in doubt too if they do not.
+the fused matrix, it is taken as it stands if both call it the same, and is in doubt too if they do not. Original implementations of
+diffusion transformers lay the shift first, diffusers' `norm_out` the scale; modulations of more parts are published in one order.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.layouts.sides import Side, Sides, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
-KIND = "gate and up"
+GATE_AND_UP, SHIFT_AND_SCALE = "gate and up", "shift and scale"
+_MODULATES = re.compile(
+    r"(?:^|[._])(?:ada_?ln\w*|modulation|mod\w?|norm\w*\.linear|norm_out|ada_?norm\w*|ada_?layer_?norm\w*)(?=[._]|$)", re.IGNORECASE
+)
 _STACKED = re.compile(r"(?:un)?stack\(")
 _PAIR = re.compile(r"(?P<how>chunk|concat)\(dim=(?P<dim>\d)(?:, of=2)?\)")
 
 
-def find(link: Link, sides: Sides) -> Sequence[Layout]:
+def gate_and_up(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a link between a fused gate and up and its two parts, or all experts' parts."""
     cuts = len(link.sources) == 1
     if cuts and len(link.targets) == 1:
@@ -46,9 +50,9 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     chain = link.op.replace(pair_op[0], " | ".join(ops))
     first, second = (_name(part) for part in parts[:2])
     return (
-        Layout(KIND, f"{first} before {second}", link.sources, link.targets, link.op),
-        Layout(KIND, f"{second} before {first}", *((link.sources, swapped) if cuts else (swapped, link.targets)), link.op),
-        Layout(KIND, "row by row in turn", link.sources, link.targets, chain),
+        Layout(GATE_AND_UP, f"{first} before {second}", link.sources, link.targets, link.op),
+        Layout(GATE_AND_UP, f"{second} before {first}", *((link.sources, swapped) if cuts else (swapped, link.targets)), link.op),
+        Layout(GATE_AND_UP, "row by row in turn", link.sources, link.targets, chain),
     )
 
 
@@ -67,7 +71,7 @@ def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
         ("what lies row by row in turn becomes halves", f"deinterleave(dim={dim}, parts=2)"),
         ("halves become rows in turn", f"interleave(dim={dim}, parts=2)"),
     )
-    return tuple(Layout(KIND, words, link.sources, link.targets, op) for words, op in ways)
+    return tuple(Layout(GATE_AND_UP, words, link.sources, link.targets, op) for words, op in ways)
 
 
 def _doubled(key: str, side: Side) -> int | None:
@@ -97,3 +101,26 @@ def _name(part: str) -> str:
     """The last word of a part's module."""
     words = [segment for segment in unit_of(part).split(".") if not segment.isdigit()]
     return words[-1] if words else part
+
+
+def shift_and_scale(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of the link of a modulation of two parts."""
+    if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
+        return ()
+    source_unit, target_unit = unit_of(link.sources[0]), unit_of(link.targets[0])
+    if not (_MODULATES.search(source_unit) or _MODULATES.search(target_unit)) or _ends(source_unit) == _ends(target_unit):
+        return ()
+    shape = sides.target.tensors[link.targets[0]].shape
+    width = sides.target.width
+    if not width or len(shape) not in (1, 2) or shape[0] != 2 * width or f"{target_unit}.weight" not in sides.target.tensors:
+        return ()
+    swap = f"roll(dim=0, by={width})"
+    return (
+        Layout(SHIFT_AND_SCALE, "both have the same half first", link.sources, link.targets),
+        Layout(SHIFT_AND_SCALE, "the halves change places", link.sources, link.targets, swap),
+    )
+
+
+def _ends(unit: str) -> list[str]:
+    """The words of a module's name that say what it is."""
+    return [part for part in unit.split(".") if not part.isdigit()][-2:]
