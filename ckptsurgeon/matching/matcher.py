@@ -126,8 +126,7 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     same, bare = _names(source, target)
     ordered = ordered and has_order(source) and has_order(target)
     facts = Facts((), source, target, same, bare, ordered)
-    whole_names = len(same) == min(len(source), len(target))
-    links, trust = ([], 0.0) if whole_names else _look(source, target, ordered)
+    links, trust = ([], 0.0) if len(same) == min(len(source), len(target)) else _look(source, target, ordered)
 
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
@@ -135,8 +134,6 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     links, same = prefer_equal_names(
         links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, ordered, rest=True)[0], judge
     )
-    if whole_names:  # a model that lacks nothing but the output layer of a language model has tied it
-        links += [link for link in shared(links, Record(), source, target) if "lm" in concepts(link.targets[0])]
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
     facts = replace(facts, same=same)
     links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)

@@ -43,6 +43,7 @@ class Blocks:
     of: Mapping[str, str]  # by key
     held: Mapping[str, Mapping[str, TensorMeta]]
     kinds: Mapping[str, Kind]  # by block
+    of_kind: Mapping[Kind, Sequence[str]]
 
     def part(self, key: str) -> str:
         """What a key is called in its block."""
@@ -63,8 +64,12 @@ def _blocks(side: Tensors, cut: Cut) -> Blocks:
         held.setdefault(block, {})[key[len(block) :]] = side[key]
     names = {block: COUNT.sub("{}", block) for block in held}
     first = {block: next(iter(parts)) for block, parts in held.items()}
-    kinds = _together(((names[block], first[block]), (names[block], part)) for block, parts in held.items() for part in parts)
-    return Blocks(of, held, {block: Kind(*kinds[names[block], first[block]]) for block in held})
+    leads = _together(((names[block], first[block]), (names[block], part)) for block, parts in held.items() for part in parts)
+    kinds = {block: Kind(*leads[names[block], first[block]]) for block in held}
+    of_kind: dict[Kind, list[str]] = {}
+    for block, kind in kinds.items():
+        of_kind.setdefault(kind, []).append(block)
+    return Blocks(of, held, kinds, of_kind)
 
 
 def _together(pairs: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
@@ -83,19 +88,26 @@ def _together(pairs: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
 
 def _in_turn(links: Sequence[Link], source: Blocks, target: Blocks, named: Callable[[Link], bool]) -> list[Link]:
     alone = [link for link in links if len(link.sources) == len(link.targets) == 1 and link.op in _AS_IT_LIES]
+    stays = (
+        {key: link.targets[0] for link in alone if named(link) for key in link.sources},
+        {link.targets[0]: link.sources[0] for link in alone if named(link)},
+    )
     moved: dict[str, Link] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for group in _groups(alone, source, target):
         parts = _parts(group, source, target)
         kinds = {source.kinds[source.of[link.sources[0]]] for link in group}
         others = {target.kinds[target.of[link.targets[0]]] for link in group}
         orders = _fitting(kinds, others, source, target, parts)
-        laid = orders[0] if len(orders) == 1 else _agreeing(orders, alone, group) if orders else {}
-        if laid:
-            moved |= _moved(laid, parts, group, source, target, named)
+        if len(orders) > 1:
+            seen = seen or _seen(alone)
+            orders = _agreeing(orders, seen, _seen(group))
+        if len(orders) == 1:
+            moved |= _moved(orders[0], parts, group, source, target, stays)
     if not moved:
         return list(links)
     taken = {key for link in moved.values() for key in link.sources}
-    rest = [link for link in links if moved.keys().isdisjoint(link.targets) and (taken.isdisjoint(link.sources) or named(link))]
+    rest = [link for link in links if moved.keys().isdisjoint(link.targets) and taken.isdisjoint(link.sources)]
     return [*rest, *moved.values()]
 
 
@@ -144,13 +156,14 @@ def _fitting(kinds: set[Kind], others: set[Kind], source: Blocks, target: Blocks
     """The orders in which sizes are the same in turn, each as the source's block of each of the target's."""
     if min(len(kinds), len(others)) > 1 or max(len(kinds), len(others)) > _MOST or not all("{}" in kind.name for kind in kinds | others):
         return []  # the first norm of a model is not the first of its blocks
-    forms: list[dict[str, dict[str, tuple[int, ...]]]] = [{}, {}]
-    for block, kind in source.kinds.items():
-        if kind in kinds:
-            forms[0][block] = {parts[part]: squeezed(tensor.shape) for part, tensor in source.held[block].items() if part in parts}
-    for block, kind in target.kinds.items():
-        if kind in others:
-            forms[1][block] = {part: squeezed(tensor.shape) for part, tensor in target.held[block].items() if part in parts.values()}
+    forms = [
+        {
+            block: {name(part): squeezed(tensor.shape) for part, tensor in side.held[block].items() if name(part)}
+            for kind in some
+            for block in side.of_kind[kind]
+        }
+        for side, some, name in ((source, kinds, parts.get), (target, others, {part: part for part in parts.values()}.get))
+    ]
     if len(forms[0]) != len(forms[1]) or {} in forms[0].values() or len({str(sorted(form.items())) for form in forms[0].values()}) < 2:
         return []
 
@@ -173,17 +186,20 @@ def _fitting(kinds: set[Kind], others: set[Kind], source: Blocks, target: Blocks
 
 def _parallel(kinds: set[Kind], side: Blocks) -> bool:
     """Whether several kinds of blocks count the same: they are a list of each, or one list of several."""
-    rows = [sorted(map(_counts, ([block] for block, other in side.kinds.items() if other == kind))) for kind in kinds]
+    rows = [sorted(map(_counts, ([block] for block in side.of_kind[kind]))) for kind in kinds]
     return len(rows) > 1 and all(row == rows[0] for row in rows)
 
 
-def _agreeing(orders: Sequence[dict[str, str]], links: Sequence[Link], group: Sequence[Link]) -> dict[str, str]:
-    """The one order in which blocks go most often where the rest of what they stand in goes; none where that is not one."""
-    own = {id(link) for link in group}
-    seen = {pair for link in links if link.clear and id(link) not in own for pair in product(*_places(link.sources[0], link.targets[0]))}
-    votes = [sum(pair in seen for there, here in order.items() for pair in product(*_places(here, there))) for order in orders]
-    best = max(votes)
-    return orders[votes.index(best)] if votes.count(best) == 1 else {}
+def _seen(links: Iterable[Link]) -> Counter[tuple[str, str]]:
+    """How often a member of the source's lists and a module of the target's have a clear link in common."""
+    return Counter(pair for link in links if link.clear for pair in product(*_places(link.sources[0], link.targets[0])))
+
+
+def _agreeing(orders: Sequence[dict[str, str]], seen: Counter[tuple[str, str]], own: Counter[tuple[str, str]]) -> list[dict[str, str]]:
+    """The one order in which blocks go most often where the rest of what they stand in goes (`own` are theirs); none where that is not
+    one."""
+    votes = [sum(seen[pair] > own[pair] for there, here in order.items() for pair in product(*_places(here, there))) for order in orders]
+    return [order for order, many in zip(orders, votes, strict=True) if many == max(votes) and votes.count(many) == 1]
 
 
 def _places(here: str, there: str) -> tuple[list[str], list[str]]:
@@ -209,9 +225,10 @@ def _moved(
     links: Sequence[Link],
     source: Blocks,
     target: Blocks,
-    named: Callable[[Link], bool],
+    stays: tuple[Mapping[str, str], Mapping[str, str]],
 ) -> dict[str, Link]:
-    """New links by their targets, for those that stand elsewhere, are in doubt or are missing."""
+    """New links by their targets, for those that stand elsewhere, are in doubt or are missing; none where one that `stays`, by its source
+    or by its target, says otherwise."""
     by_target = {link.targets[0]: link for link in links}
     margin = min(link.margin for link in links if link.clear)
     moved = {}
@@ -220,7 +237,8 @@ def _moved(
             key, name = f"{here}{part}", f"{there}{other}"
             if other in target.held[there]:
                 link = by_target.get(name, Link((key,), (name,)))
-                if (key != link.sources[0] and named(link)) or any(AGAINST_IT in words for words in link.evidence):
+                told = stays[0].get(key, name) != name or stays[1].get(name, key) != key
+                if told or any(AGAINST_IT in words for words in link.evidence):
                     return {}
                 if key != link.sources[0] or not link.clear:
                     op = "" if source.held[here][part].shape == target.held[there][other].shape else "reshape"
