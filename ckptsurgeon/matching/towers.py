@@ -105,12 +105,14 @@ def led(side: Tensors, other_side: Tensors) -> set[str]:
         for at, found in enumerate(words):
             begin, end = (0, words[1].start()) if at == 0 < len(words) - 1 else (max(found.start() - 1, 0), found.end())
             by_word.setdefault(found[0], {})[key] = key[:begin] + key[end:]
-    others = {word for key in other_side for word in concepts(key)}
+    repeated = {word: {key for key, name in names.items() if name in side} for word, names in by_word.items()}
+    repeated = {word: twins for word, twins in repeated.items() if len(twins) >= max(_LEAST_KEYS, _LED * len(by_word[word]))}
+    others = {word for key in other_side for word in concepts(key)} if repeated else set()
     room = 1.1 * sum(tensor.numel for tensor in other_side.values())
     leaning: set[str] = set()
-    for word, names in by_word.items():
-        twins = {key for key, name in names.items() if name in side}
-        if len(twins) >= max(_LEAST_KEYS, _LED * len(names)) and others.isdisjoint(concepts(word)):
+    for word, twins in repeated.items():
+        if others.isdisjoint(concepts(word)):
+            names = by_word[word]
             rest = sum(tensor.numel for key, tensor in side.items() if key not in names)
             leaning |= {*names} if rest + sum(side[key].numel for key in twins) > room else set()
     return leaning

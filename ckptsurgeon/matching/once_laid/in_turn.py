@@ -52,9 +52,10 @@ class Blocks:
 
 def in_turn(links: Sequence[Link], source: Tensors, target: Tensors, named: Callable[[Link], bool]) -> list[Link]:
     """The links, where layers or blocks stand in turn that were linked across the order or in doubt; equal names (`named`) stay."""
-    for cut in (lambda key: around(key, MEMBER), module_of, module_of):  # what the first layers show tells others their order
-        links = _in_turn(links, _blocks(source, cut), _blocks(target, cut), named)
-    return list(links)
+    for cut in (lambda key: around(key, MEMBER), module_of):
+        sides = _blocks(source, cut), _blocks(target, cut)
+        before, links = links, _in_turn(links, *sides, named)
+    return list(_in_turn(links, *sides, named) if links != before else links)  # what the first layers show tells others their order
 
 
 def _blocks(side: Tensors, cut: Cut) -> Blocks:
