@@ -21,6 +21,16 @@ from ckptsurgeon.errors import ADVICE, CheckpointError, OutputError, printable
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.shown import Result, Style, Styled, json_parts, spans_of, styled, styled_text
 
+COLOURS: dict[Style, dict[str, Any]] = {
+    "good": {"fg": "green"},
+    "changed": {"fg": "yellow"},
+    "missing": {"fg": "red"},
+    "extra": {"fg": "cyan"},
+    "bad": {"fg": "red", "bold": True},
+    "strong": {"bold": True},
+    "faint": {"dim": True},
+}
+
 color = click.option(
     "--color",
     type=click.Choice(["auto", "always", "never"]),
@@ -264,17 +274,6 @@ class UsageError(CheckpointError):
 
 class StdoutError(OutputError):
     """The output could not be written to stdout."""
-
-
-COLOURS: dict[Style, dict[str, Any]] = {
-    "good": {"fg": "green"},
-    "changed": {"fg": "yellow"},
-    "missing": {"fg": "red"},
-    "extra": {"fg": "cyan"},
-    "bad": {"fg": "red", "bold": True},
-    "strong": {"bold": True},
-    "faint": {"dim": True},
-}
 
 
 def painted(text: str) -> str:

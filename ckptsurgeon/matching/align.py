@@ -3,6 +3,7 @@
 Rule: of all modules that are not placed yet, the largest is looked at. Where the other side has one of the same contents they are a pair,
 and what is in the one is looked for in the other only; where it has one that is much alike, so are they; otherwise the module is opened and
 its children stand in its place. What is left over in a pair is tried again one level higher.
+How alike two modules are, shapes and numbers say, and no names.
 Nothing here knows what an adapter is: units that are left over go to `leftover`.
 """
 
@@ -22,6 +23,7 @@ from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.matching.pairing import Laid, Left, Record, laid, under
 from ckptsurgeon.progress import beat
 
+ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
 _DEPTH = 60
 _TABLE = 1_000_000  # pairs of two rows that are compared each with each
 _ANCHORS = 12
@@ -288,9 +290,6 @@ def _holds_too(module: Node, first: Node, second: Node) -> bool:
     """Whether two modules hold all that another does: what more they hold does not tell which of them is that one."""
     both = (first.shapes, second.shapes)
     return not (first.leaf or second.leaf) and all(held.get(shape, 0) >= count for shape, count in module.shapes.items() for held in both)
-
-
-ALIKE = 0.7  # how much of the contents two modules share before one may stand for the other
 
 
 def alike(first: Node, second: Node) -> float:

@@ -20,6 +20,7 @@ from ckptsurgeon.matching.evidence.vocabulary import conflict, said
 from ckptsurgeon.matching.module_tree import Node
 from ckptsurgeon.planning.links import ENOUGH
 
+Scores = Sequence[Sequence[float]]
 MANY = 48  # nodes on a side, above which not each is compared with each
 
 
@@ -152,9 +153,6 @@ def _without_the_clear(
     if len(again) == 1 and conflict(*(said(node.path) for node in (again[0].source, again[0].target))):
         above = min(above, 0.5)
     return [*clear, *(replace(choice, margin=min(choice.margin, above)) for choice in again)]
-
-
-Scores = Sequence[Sequence[float]]
 
 
 def assign(scores: Scores) -> list[tuple[int, int]]:

@@ -109,7 +109,7 @@ def _said(words: frozenset[str]) -> int:
 
 def _roles(node: Node) -> set[str]:
     """The roles of a unit's tensors; a parameter by itself that is called a bias of something is a bias."""
-    return {concepts(role)[-1] for role in node.tensors}
+    return {word for role in node.tensors for word in concepts(role)[-1:]}
 
 
 def _last_word(node: Node) -> frozenset[str]:

@@ -104,7 +104,7 @@ def _along_biases(side: Tensors) -> set[int]:
     found: set[int] = set()
     for key, tensor in side.items():
         bias = side.get(f"{key.removesuffix('weight')}bias") if key.endswith(".weight") and len(tensor.shape) == 2 else None
-        if bias is not None and len({*tensor.shape}) == 2 and bias.shape[0] in tensor.shape:
+        if bias is not None and len(bias.shape) == 1 and len({*tensor.shape}) == 2 and bias.shape[0] in tensor.shape:
             found.add(tensor.shape.index(bias.shape[0]))
     return found
 

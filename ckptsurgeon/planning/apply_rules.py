@@ -34,6 +34,8 @@ __all__ = ["Claim", "Names", "SourceKey", "name_sources", "shortened"]
 NO_OUTSIDE = Outside()
 NO_CHANGE = Choice(Change(Prefix(), {}))
 NO_KEYS: frozenset[str] = frozenset()
+# The index of a rule, the index of one of its patterns, the only source that it is for, if any, its test, and the pattern.
+_Entry = tuple[int, int, int | None, Callable[[str], object], Pattern]
 
 
 @dataclass(frozen=True)
@@ -293,10 +295,6 @@ def _names(
         by_kind["adapt"],
         outside,
     )
-
-
-# The index of a rule, the index of one of its patterns, the only source that it is for, if any, its test, and the pattern.
-_Entry = tuple[int, int, int | None, Callable[[str], object], Pattern]
 
 
 class FirstMatch:

@@ -1,5 +1,6 @@
 """Makes a plan: exactly one step for every target key, and for every source key whether it is used or why it is not.
 
+Values that an earlier merge initialised, and that were not trained since, are still fresh.
 Pure: no file is opened, no torch imported, nothing printed. `apply` does what the plan says, and nothing else.
 """
 
@@ -34,6 +35,7 @@ from ckptsurgeon.rules.patterns import compile_pattern, literal
 from ckptsurgeon.rules.rules import Outside, Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
+WORDS = "fresh since an earlier merge"
 __all__ = ["DTYPE_CHOICES", "Action", "Dropped", "Entry", "Plan", "PlanSource", "PlanTarget", "Step", "digest", "make_plan"]
 
 
@@ -329,9 +331,6 @@ def _filled_up(op: Mapping[str, Any], init_rule: InitRule | None) -> Mapping[str
 
 def _cast(source: str, target: str) -> tuple[Mapping[str, Any], ...]:
     return () if source == target else ({"op": "cast", "dtype": target},)
-
-
-WORDS = "fresh since an earlier merge"
 
 
 def mark_fresh(steps: Sequence[Step], sources: Sequence[Checkpoint], target: Checkpoint | None) -> tuple[Step, ...]:

@@ -253,3 +253,18 @@ def test_where_two_layers_cross_no_layer_of_their_module_is_sure() -> None:
     assert crossed == target.keys()
     straight = [Link((f"net.part{at}.weight",), (f"net.piece{at}.weight",), "", 5.0, ("same shape",)) for at in many]
     assert not list(across(straight, source, target))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (side(*block("m.0", TIMM, 0), *block("m.1", TIMM, 0)), side(*block("enc.a.0", HF, 0), *block("enc.a.1", HF, 0))),
+        (side(("fc.weight", (4, 8)), ("fc.bias", ())), side(("head.weight", (8, 4)), ("head.bias", ()))),
+        (side(("a._", (4, 8)), ("a.__", (8,)), ("b.weight", (4, 8))), side(("c._", (4, 8)), ("d.", (8,)), ("e.weight", (4, 8)))),
+    ],
+    ids=["empty tensors", "a bias without dims", "names without words"],
+)
+def test_odd_sides_are_matched_without_a_fault(source: Side, target: Side) -> None:
+    for one, other in ((source, target), (target, source)):
+        found = match(one, other)
+        assert {key for link in found.certain for key in link.targets} <= set(other)

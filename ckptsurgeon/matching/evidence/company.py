@@ -1,4 +1,5 @@
-"""What a norm belongs to: the convolution that it stands behind, and the attention or the MLP that it is named after.
+"""What a norm belongs to: the convolution that it stands behind, and the attention or the MLP that it is named after;
+and whether what goes by no name is a body of many layers.
 
 Rule: names and shapes decide, never the order of keys, so that sorted files are read alike.
 """
@@ -15,6 +16,8 @@ from ckptsurgeon.matching.module_tree import Node, grow, is_float
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
+Tensors = Mapping[str, TensorMeta]
+_LEAST_LAYERS, _LEAST_SHAPES = 5, 3
 _KINDS = {"conv", "norm"}
 _MOST = 4  # convolutions of a module whose orders are tried
 PARTS = frozenset({"attn", "self", "cross", "mlp"})  # of a layer
@@ -167,10 +170,6 @@ def _common(first: str, second: str) -> str:
 def _above(path: str) -> Iterator[str]:
     while path := path.rpartition(".")[0]:
         yield path
-
-
-Tensors = Mapping[str, TensorMeta]
-_LEAST_LAYERS, _LEAST_SHAPES = 5, 3
 
 
 def rest_is_a_body(links: Sequence[Link], same: Mapping[str, str], source: Tensors, target: Tensors) -> bool:

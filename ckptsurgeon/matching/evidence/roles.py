@@ -15,13 +15,8 @@ from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
 _OF_NORMS = tuple(f".{name}" for name, role in ROLES.items() if role in ("weight", "bias"))
-_HEAD, _TOKENS, PLACES, STEM, _INPUT = (
-    "output head",
-    "table of tokens",
-    "table of positions",
-    "first convolution",
-    "projection of the input",
-)
+_HEAD, _TOKENS, PLACES = "output head", "table of tokens", "table of positions"
+STEM, _INPUT = "first convolution", "projection of the input"
 _LAYERS = {"proj", "linear", "conv"}
 _HEADS = {"fc", "output", "out", "linear", "last_linear", "dense"}  # modules at the top of a model
 

@@ -1,4 +1,4 @@
-"""Both sides of a matching as the kinds of layout look at them: what parts are called, and what a model's keys say of its positions.
+"""Both sides of a matching as the kinds of layout look at them: what parts are called, what keys say of positions and heads.
 
 Rule: names and shapes only, of the whole of both sides, whichever keys are matched. No model's name is known; conventions of the field are.
 """
@@ -17,6 +17,7 @@ from ckptsurgeon.planning.prefixes.find import find_change, find_exchange, renam
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
+_OF_A_HEAD = re.compile(r"rel_pos_[hwt]$")  # a table that is multiplied with one head's queries, and not one with a column for each head
 _LEAVES = {"weight", "bias", "param", "qweight", "scales"}
 _ROTARY = re.compile(r"(?:^|[._])(?:rope|rotary|inv_freq|freqs)(?=[._]|$)")
 _PAIRS = re.compile(r"(?:^|\.)(?:w[qk]|sa_norm|attn\.output_proj|freqs_cis|rope\.freqs)(?=\.|$)|^blk\.\d+\.attn_[qk]\.")
@@ -169,9 +170,6 @@ class Sides:
     def rotate(self) -> bool:
         """Whether a name on either side says that queries and keys are rotated."""
         return bool(self.source.rotary or self.target.rotary)
-
-
-_OF_A_HEAD = re.compile(r"rel_pos_[hwt]$")  # a table that is multiplied with one head's queries, and not one with a column for each head
 
 
 def heads_text(sides: Sides, keys: tuple[str, str], rows: int, all_rows: int) -> str:

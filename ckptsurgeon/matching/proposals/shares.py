@@ -113,7 +113,7 @@ def _deeper(done: Collection[str], side: Tensors, why: str) -> str:
             lists.setdefault(key[: found.start()], {}).setdefault(found[0], []).append(key)
     whole = sum(tensor.numel for tensor in side.values())
     for head, members in lists.items():
-        part = sum(side[key].numel for keys in members.values() for key in keys) / whole
+        part = sum(side[key].numel for keys in members.values() for key in keys) / max(whole, 1)
         equal: dict[object, list[str]] = {}
         called: dict[object, list[str]] = {}
         for number, keys in members.items() if part > _PART else ():

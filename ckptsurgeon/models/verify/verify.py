@@ -1,7 +1,7 @@
 """Verifies a written checkpoint with a fresh model on a device: loads it by the official readers and compares every tensor bit for bit.
 
 It trusts neither our writer nor our reader: torch and safetensors load the file, and the model's values are then compared with the bytes
-that our reader gives. All problems are found in one run. The file is not changed.
+that our reader gives. A device that this machine has not is refused. All problems are found in one run. The file is not changed.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class Row:
     chosen: tuple[int, ...] = ()
 
 
+Box = dict[int, frozenset[int]]  # by slot, the numbers that it may have
 Shared = Mapping[tuple[tuple[str, ...], tuple[str, ...]], Form]
 
 
@@ -288,9 +289,6 @@ def _restricted(lines: Sequence[Line], chosen: Box) -> Row | None:
     """The row for lines with the numbers `chosen`; a number without a choice is a constant."""
     fixed = frozenset(slot for slot, numbers in chosen.items() if len(numbers) == 1)
     return _row(lines, {}, fixed, {slot: numbers for slot, numbers in chosen.items() if slot not in fixed})
-
-
-Box = dict[int, frozenset[int]]  # by slot, the numbers that it may have
 
 
 def boxes(rows: Collection[tuple[int, ...]], slots: Sequence[int]) -> list[Box]:
