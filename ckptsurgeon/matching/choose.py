@@ -41,8 +41,9 @@ def choose(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, ancho
         against = conflict(*(_says(node) for node in (sources[0], targets[0])))
         return [Choice(sources[0], targets[0], 0.5 if against and sources[0].leaf else inf, (ALONE,))]
     if len(sources) == len(targets) and _in_step(sources, targets, clues.trust):
+        margin = 0.5 if _counted_otherwise(sources, targets) else 2 * (NUMBERS + ORDER * clues.trust)
         return [
-            Choice(source, target, 2 * (NUMBERS + ORDER * clues.trust), ("numbers in the same order",))
+            Choice(source, target, margin, ("numbers in the same order",))
             for source, target in zip(*(sorted(nodes, key=lambda node: node.numbers) for nodes in (sources, targets)), strict=True)
         ]
     in_rows = _in_rows(sources, targets, clues, anchors)
@@ -74,6 +75,18 @@ def _in_step(sources: Sequence[Node], targets: Sequence[Node], trust: float) -> 
     return not trust or all(
         before.at < after.at for nodes in (sources, targets) for before, after in pairwise(sorted(nodes, key=lambda node: node.numbers))
     )
+
+
+def _counted_otherwise(sources: Sequence[Node], targets: Sequence[Node]) -> bool:
+    """Whether one side has the same in each member of a list (`3.residual.6`), and the other several in each: `0.conv1` and `0.conv2`."""
+    (one, alike), (other, _) = sorted((_varying(sources), _varying(targets)), key=lambda side: len(side[0]))
+    return len(one) == 1 < len(other) and alike and any(other) and not other[-1]
+
+
+def _varying(nodes: Sequence[Node]) -> tuple[list[bool], bool]:
+    """The numbers by which nodes differ, of each whether it is a whole part of their path; and whether another follows that all have."""
+    several = [len({*column}) > 1 for column in zip(*(node.numbers for node in nodes), strict=True)]
+    return [whole for whole, differs in zip(nodes[0].whole_parts, several, strict=True) if differs], several[-1:] != [True]
 
 
 def _in_rows(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, anchors: Anchors) -> list[Choice]:

@@ -16,12 +16,12 @@ from ckptsurgeon.matching.evidence.crossed import exchangeable
 from ckptsurgeon.matching.evidence.facts import Facts, Tensors
 from ckptsurgeon.matching.evidence.lacking import stand_ins
 from ckptsurgeon.matching.evidence.lists import (
-    all_alike,
     by_lists,
     in_each_longest_rise,
     members_of,
     mirrored,
     moves_of,
+    nothing_tells,
     number_at,
     rises,
     skips,
@@ -153,16 +153,20 @@ def _each_once(moves: Collection[tuple[int, int]]) -> bool:
 
 
 def _across_the_others(facts: Facts, links: Sequence[Link], here: str, there: str) -> _Doubts:
-    moves = moves_of(links, here, there)
-    order = [target_number for _, target_number in sorted(moves)]
+    moves = sorted(moves_of(links, here, there))
+    order = [target_number for _, target_number in moves]
     if len(moves) < 3 or order in (sorted(order), sorted(order, reverse=True)):
         return
-    kept = in_each_longest_rise(order)
+    kept = {moves[at] for at in in_each_longest_rise(order)}
     alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
     for link in links:
         has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
-        if link.clear and has_peers and int(number_at(link.targets[0], there)) not in kept and not facts.named(link):
+        if link.clear and has_peers and _move(link, here, there) not in kept and not facts.named(link):
             yield Doubt(link, "it stands across the order of its list")
+
+
+def _move(link: Link, here: str, there: str) -> tuple[int, int]:
+    return int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))
 
 
 def _either_direction(facts: Facts) -> _Doubts:
@@ -174,7 +178,7 @@ def _either_direction(facts: Facts) -> _Doubts:
         and len({frozenset(concepts(_last_name(head))) for head in pair}) == 2
     }
     members = (members_of(facts.source), members_of(facts.target)) if lists else ({}, {})
-    alike = {pair for pair in lists if all(all_alike(inside[head]) for inside, head in zip(members, pair, strict=True))}
+    alike = {pair for pair in lists if nothing_tells(*(inside[head] for inside, head in zip(members, pair, strict=True)))}
     decided = {(tuple(map(_above, pair)), count) for pair in lists.keys() - alike for count in moves_of(lists[pair], *pair)}
     open_pairs = {pair for pair in alike if not {(tuple(map(_above, pair)), count) for count in moves_of(lists[pair], *pair)} <= decided}
     rising = {head for pair in alike - open_pairs if rises(moves_of(lists[pair], *pair)) for head in pair}

@@ -6,7 +6,8 @@ gate, up), and is uncertain where names do not tell it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf, prod
@@ -43,7 +44,7 @@ def fuse(sources: Sequence[Node], targets: Sequence[Node], clues: Clues, top: bo
         results += named
         done = {id(node) for fused in named for node in (*fused.sources, *fused.targets)}
         wholes[:], units[:] = ([node for node in nodes if id(node) not in done] for nodes in (wholes, units))
-        pieces = _Pieces(units)
+        pieces = _Pieces(units, wholes)
         for whole in [whole for whole in wholes if len(whole.main) > 1 and id(whole) not in waiting]:
             match = pieces.of(whole)
             if match:
@@ -179,8 +180,10 @@ _Match = tuple[tuple[Node, ...], float, str]
 class _Pieces:
     """Units that may be parts of a whole: those of one module by the dimensions that they may share with it, and rows of numbered ones."""
 
-    def __init__(self, units: Sequence[Node]) -> None:
+    def __init__(self, units: Sequence[Node], wholes: Sequence[Node]) -> None:
         self.taken: set[int] = set()
+        self.shapes = Counter(whole.main for whole in wholes)
+        self.gates = gated([whole.name for whole in wholes]), gated([unit.name for unit in units])
         matrices = [unit for unit in units if len(unit.main) > 1]
         self.by_edge: dict[tuple[int, ...], dict[int, list[Node]]] = {}
         for index, family in enumerate(_families(matrices, lambda unit: unit.parent)):
@@ -217,7 +220,9 @@ class _Pieces:
         if len(whole.main) != 3:
             return None
         rows = self.rows.get(whole.main[0], [])
-        return _stacked(whole, [row for row in rows if not any(id(unit) in self.taken for unit in row)])
+        words = {*concepts(whole.name), self.gates[0].get(whole.name, whole.name)}
+        left = [row for row in rows if not any(id(unit) in self.taken for unit in row)]
+        return _stacked(whole, words, self.gates[1], self.shapes[whole.main] == 1, left)
 
 
 def _edges(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -287,22 +292,23 @@ def _row_of(unit: Node) -> str:
     return ".".join([*parts[:last], "{}", *parts[last + 1 :]])
 
 
-def _stacked(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
-    """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side."""
+def _stacked(whole: Node, whole_words: set[str], gates: Mapping[str, str], alone: bool, rows: Sequence[Sequence[Node]]) -> _Match | None:
+    """Numbered units of one shape that are stacked, or pairs of them that are first laid side by side.
+
+    `gates` says what `w1`, `w2` and `w3` stand for, `alone` that no other whole has the shape.
+    """
     rest = list(whole.main[1:])
-    gates = gated([row[0].name for row in rows])
     words = {
         id(row[0]): {*concepts(_list_of(row[0]) if row[0].name.isdigit() else row[0].name), gates.get(row[0].name, "")} for row in rows
     }
     fits = [row for row in rows if list(row[0].main) == rest] or [row for row in rows if sorted(row[0].main) == sorted(rest)]
     if fits:
-        whole_words = set(concepts(whole.name))
         shared = [len(whole_words & words[id(row[0])]) for row in fits]
         row = fits[shared.index(max(shared))]
         told = (
             shared.count(max(shared)) == 1 and max(shared) > 0
             if row[0].name.isdigit()
-            else len(fits) == 1 or shared.count(max(shared)) == 1
+            else (len(fits) == 1 and (alone or max(shared) > 0)) or (len(fits) > 1 and shared.count(max(shared)) == 1)
         )
         return tuple(row), inf if told else 0.5, "one for each number, stacked"
     for first, second in ((first, second) for first in rows for second in rows if first is not second):

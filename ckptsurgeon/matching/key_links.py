@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 
 from ckptsurgeon.matching.module_tree import Node, Shape, is_float, squeezed
 from ckptsurgeon.matching.pairing import Laid
-from ckptsurgeon.matching.turning import Turned
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 
-def links(laid: Laid, turned: Turned) -> Iterator[Link]:
+def links(laid: Laid) -> Iterator[Link]:
     """The links of the tensors in units that go together."""
 
     def link(sources: Sequence[str], targets: Sequence[str], op: str) -> Link:
@@ -23,7 +22,7 @@ def links(laid: Laid, turned: Turned) -> Iterator[Link]:
 
     if len(laid.sources) == len(laid.targets) == 1:
         for source, target in _roles(laid.sources[0], laid.targets[0]):
-            op = _one_to_one(source, target, turned)
+            op = _one_to_one(source, target)
             if op is not None:
                 yield link([source.name], [target.name], op)
         return
@@ -34,7 +33,7 @@ def links(laid: Laid, turned: Turned) -> Iterator[Link]:
             continue
         names = [piece.name for piece in pieces]
         sources, targets = (names, [tensor.name]) if joins else ([tensor.name], names)
-        yield link(sources, targets, turned.chain(sources[0], op))
+        yield link(sources, targets, op)
 
 
 def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, TensorMeta]]:
@@ -51,11 +50,9 @@ def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, T
             yield tensor, fits[0]
 
 
-def _one_to_one(source: TensorMeta, target: TensorMeta, turned: Turned) -> str | None:
+def _one_to_one(source: TensorMeta, target: TensorMeta) -> str | None:
     """What makes a tensor the other; None where nothing does."""
-    shape = turned.source[source.name].shape
-    if source.name in turned.looks:
-        return turned.op(source.name)
+    shape = source.shape
     if shape == target.shape:
         return ""
     if squeezed(shape) == squeezed(target.shape):

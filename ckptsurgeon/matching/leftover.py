@@ -13,11 +13,12 @@ from ckptsurgeon.matching.choose import Choice, choose
 from ckptsurgeon.matching.evidence.score import Clues
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said
 from ckptsurgeon.matching.fusing import fuse
-from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.matching.module_tree import Node, Shape
 from ckptsurgeon.matching.pairing import Laid, Left, laid, under
 from ckptsurgeon.planning.links import ENOUGH
 
 UNSAID = "names do not say so"
+BUT_FOR_A_BIAS = "called so, and of that shape, where one has a bias"
 _SAID = 2  # words in common along both paths, and that both are a bias, that speak for a pair where the last words do not
 
 
@@ -44,6 +45,8 @@ def pair_leftovers(left: Left, surroundings: Surroundings, clues: Clues) -> tupl
     targets = [unit for node in left.targets for unit in node.units()]
     placed = _look_alikes(sources, targets, replace(surroundings, top=False), clues)
     sources, targets = _without(sources, targets, placed)
+    placed += _but_for_a_bias(sources, targets, surroundings.above)
+    sources, targets = _without(sources, targets, placed)
     for fused in fuse(sources, targets, clues, surroundings.top):
         rival = surroundings.above.runner_up if surroundings.above.margin < fused.margin else None
         placed.append(Laid(fused.sources, fused.targets, min(surroundings.above.margin, fused.margin), fused.evidence, rival))
@@ -67,6 +70,21 @@ def _look_alikes(sources: Sequence[Node], targets: Sequence[Node], surroundings:
             by_form.setdefault(node.form, ([], []))[side].append(node)
     choices = [choice for form, (ones, others) in by_form.items() for choice in _among(form, ones, others, surroundings, clues)]
     return [laid(under(choice, surroundings.above)) for choice in choices]
+
+
+def _but_for_a_bias(sources: Sequence[Node], targets: Sequence[Node], above: Choice) -> list[Laid]:
+    """Pairs of units that differ in a bias alone, of which each is the only one of its shape and its name on its side."""
+    sides: tuple[dict[tuple[Shape, frozenset[str]], list[Node]], ...] = ({}, {})
+    for side, nodes in zip(sides, (sources, targets), strict=True):
+        for node in nodes:
+            if words := _last_word(node) - SAYS_NOTHING:
+                side.setdefault((node.largest.shape, words), []).append(node)
+    pairs = [(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1] and len(key[0]) > 1]
+    return [
+        laid(under(Choice(ones[0], others[0], ENOUGH, (BUT_FOR_A_BIAS,)), above))
+        for ones, others in pairs
+        if len(ones) == len(others) == 1 and ones[0].tensors.keys() ^ others[0].tensors.keys() == {"bias"}
+    ]
 
 
 def _among(form: int, sources: Sequence[Node], targets: Sequence[Node], surroundings: Surroundings, clues: Clues) -> list[Choice]:

@@ -26,16 +26,16 @@ from ckptsurgeon.matching.key_links import links
 from ckptsurgeon.matching.layouts.doubts import with_doubts
 from ckptsurgeon.matching.module_tree import both, fold, list_lengths
 from ckptsurgeon.matching.once_laid.in_turn import in_turn
-from ckptsurgeon.matching.once_laid.neighbours import between, strayed
+from ckptsurgeon.matching.once_laid.neighbours import between, counted, strayed
 from ckptsurgeon.matching.once_laid.orphans import cut_biases, orphans, uncrossed
-from ckptsurgeon.matching.once_laid.shared import shared, spread
+from ckptsurgeon.matching.once_laid.shared import one_embedding, shared, spread
 from ckptsurgeon.matching.pairing import Laid, Record
 from ckptsurgeon.matching.result import Matching, result
 from ckptsurgeon.matching.same_names import prefer_equal_names
-from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled, unwrapped
+from ckptsurgeon.matching.spelling import paths_back, renamed, same_but_for_separators, spelled_both, unwrapped
 from ckptsurgeon.matching.stems import parted
 from ckptsurgeon.matching.towers import gathered, led, towered
-from ckptsurgeon.matching.turning import Turned, squares_turned, turned
+from ckptsurgeon.matching.turning import TURN, Turned, seen, squares_turned, turned
 from ckptsurgeon.planning.links import ENOUGH, Layout, Link
 from ckptsurgeon.planning.prefixes.find import Change, find_change, find_exchange, rename_all
 from ckptsurgeon.tensors import TensorMeta
@@ -64,7 +64,7 @@ def match(
     says that values are made of codes. `around` are both sides with what is not to be matched: they tell which layouts are in doubt.
     """
     around = (source, target) if around is None else around
-    names = spelled(around[0]), spelled(around[1])
+    names = spelled_both(*around)
     source_side, target_side = sides(renamed(source, names[0]), renamed(target, names[1]))
     ordered = has_order(looked_at(source)) and has_order(looked_at(target))  # other names may undo the alphabet's order
     plain = _match_plain(
@@ -137,7 +137,7 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
     facts = replace(facts, same=same)
     links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)
-    links = _towered(links, whole, target, same)
+    links = _towered(counted(links, source), whole, target, same)
     links = _named_back(doubted(replace(facts, links=links)), *names)
     return result(links, all_source, all_target, trust)
 
@@ -194,11 +194,12 @@ def _look(source: Tensors, target: Tensors, ordered: bool, rest: bool = False) -
 
 
 def _turned_or_not(source: Tensors, target: Tensors, ordered: bool, rest: bool) -> tuple[list[Link], float]:
-    as_is = _match(source, target, Turned(source), ordered, rest)
+    as_is = _match(source, target, Turned(source, target), ordered, rest)
     about = turned(source, target)
-    if about.looks:
+    if about.looks or about.target_looks:
         as_turned = _match(source, target, about, ordered, rest)
-        if _worth(as_turned[0], target) > _worth(as_is[0], target):
+        worth, other = _worth(as_turned[0], target), _worth(as_is[0], target)
+        if worth > other or (about.told and worth[0] == other[0]):
             return as_turned
     return as_is
 
@@ -211,7 +212,8 @@ def _worth(links: Iterable[Link], target: Tensors) -> tuple[int, int]:
 
 
 def _match(source: Tensors, target: Tensors, about: Turned, ordered: bool, rest: bool) -> tuple[list[Link], float]:
-    source_tree, target_tree = both(map(about.seen, source.values()), target.values())
+    source, target = seen(source, about.looks), seen(target, about.target_looks)
+    source_tree, target_tree = both(source.values(), target.values())
     ordered = ordered and has_order(source) and has_order(target)
     rows = list_lengths(source_tree) | list_lengths(target_tree)
     known = Clues(
@@ -229,13 +231,14 @@ def _match(source: Tensors, target: Tensors, about: Turned, ordered: bool, rest:
         record = lay(source_tree, target_tree, replace(clues, trust=trust))
         clues = _learned(record, known)
     units = strayed(between(record.units, source_tree, target_tree, trust), known.behind)
-    matched = [link for laid in units for link in links(laid, about)]
+    matched = [link for laid in units for link in links(laid) if not (link.op.startswith(TURN) and link.sources[0] in about.looks)]
     matched = uncrossed(matched, source, target)
     matched += orphans(matched, record, source, target)
     if not rest:
+        matched = one_embedding(matched, source, target)
         matched += shared(matched, record, source, target)
         matched = spread(matched, source, target)
-    return matched, trust
+    return [replace(link, op=about.chain(link.sources[0], link.op, link.targets[0])) for link in matched], trust
 
 
 def looked_at(tensors: Tensors) -> Tensors:

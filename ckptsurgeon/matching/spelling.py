@@ -27,6 +27,10 @@ _LAST = {
 }
 _ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
 _COPY = re.compile(r":\d{1,3}$")  # behind TensorFlow's names
+_PARAMETER = re.compile(r"(?P<module>(?:.*\.)?)(?P<mark>_?)(?P<role>[WwBb])(?:_(?P<layer>[A-Za-z0-9]\w*))?")  # `attn.W_Q`, `mlp.b_in`
+_PARAMETER_ROLES = {"w": "weight", "b": "bias"}
+_DIMS = re.compile(r"(?<=\d)_[A-Z]{2,4}$")  # a parameter's dims in its name: `w1_EFD`
+_GATE = re.compile(r"[ihx][rzifgocn]|[ihx]h", re.IGNORECASE)  # what such parameters of a recurrent cell are for
 _MOST_HEADS = 4
 _FLAT = 0.9  # of a side's keys, whose modules have no dot in their names, from which on dots are no separators there
 
@@ -89,7 +93,31 @@ def spelled(tensors: Tensors) -> dict[str, str]:
     seam = next((seam for seam in seams if any(seam.search(module) for module in modules)), None)
     if seam is not None and sum("." not in module for module in modules) >= _FLAT * len(modules):
         return unique({key: _seamed(key, module, seam) for key, module in zip(tensors, modules, strict=True)})
-    return unique({key: _COPY.sub("", key.replace("/", ".")) for key in tensors})
+    return unique({key: _DIMS.sub("", _COPY.sub("", key.replace("/", "."))) for key in tensors})
+
+
+def spelled_both(source: Tensors, target: Tensors) -> tuple[dict[str, str], dict[str, str]]:
+    """Both sides' names, spelled; parameters are called as layers' are, where the sides do not have one naming but for separators."""
+    plain = spelled(source), spelled(target)
+    layered = unique(_as_layers(plain[0])), unique(_as_layers(plain[1]))
+    if layered == plain or 2 * len(same_but_for_separators(source, target)) > min(len(source), len(target)):
+        return plain
+    return layered
+
+
+def _as_layers(names: Mapping[str, str]) -> dict[str, str]:
+    """The names, where a module's parameters `W_Q`, `b_Q` and `W` are called as those of layers: `Q.weight`, `Q.bias` and `weight`."""
+    found = {key: parameter for key, name in names.items() if (parameter := _PARAMETER.fullmatch(name))}
+    layers: dict[str, set[str]] = {}
+    for parameter in found.values():
+        layers.setdefault(parameter["module"], set()).add(parameter["layer"] or "")
+    cells = {module for module, inside in layers.items() if all(map(_GATE.fullmatch, inside))}
+    return dict(names) | {key: _layered(parameter) for key, parameter in found.items() if parameter["module"] not in cells}
+
+
+def _layered(parameter: re.Match[str]) -> str:
+    layer = f"{parameter['mark']}{parameter['layer']}." if parameter["layer"] else ""
+    return f"{parameter['module']}{layer}{_PARAMETER_ROLES[parameter['role'].lower()]}"
 
 
 def unwrapped(tensors: Tensors) -> dict[str, str]:
@@ -123,7 +151,8 @@ def paths_back(names: Mapping[str, str]) -> Callable[[str], str]:
         name = ordered[at] if at < len(ordered) and ordered[at].startswith(path) else ""
         key = names.get(name, "")
         if not path or squash(key) != squash(name):
-            return key if sorted(squash(key)) == sorted(squash(name)) and path else path
+            weight = names.get(f"{path}.weight")  # `W_Q` is the weight of what has a bias too
+            return weight or (key if path and sorted(squash(key)) == sorted(squash(name)) else path)
         letters = (place for place, letter in enumerate(key) if not _SEPARATORS.match(letter.lower()))
         last = next(islice(letters, len(squash(path)) - 1, None), None)
         return path if last is None else key[: last + 1]

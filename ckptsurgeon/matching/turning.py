@@ -6,12 +6,13 @@ turned as those of its kind are. JAX has the heads of an attention as a dim of t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import MEMBER, around, fold
+from ckptsurgeon.matching.module_tree import MEMBER, around, fold, module_of
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -23,6 +24,9 @@ TURNED = "turned, as those of its kind that are not square"
 AS_IT_IS = "as it is, like those of its name that are not square"
 # Parts side by side along the other dim, turned: of square ones, both fit.
 BESIDE = {"chunk(dim=1)": f"{TURN} | chunk(dim=0)", "concat(dim=1)": f"concat(dim=0) | {TURN}"}
+# Layers that go from a model's width and back to it, by words that say so, each set by itself.
+_FROM = ({"q"}, {"k"}, {"v"}, {"qkv"}, {"kv"}, {"up"}, {"gate"}, {"first"}, {"wi"}, {"linear", "#1"})
+_BACK = ({"out"}, {"down"}, {"linear", "#2"})
 _LEAST = 0.1  # of the weights that may be turned, that must fit turned only
 
 
@@ -44,6 +48,14 @@ class Look(NamedTuple):
         sizes = [-1 if at == self.one else size for at, size in enumerate(self.shape(shape))]
         return " | ".join(filter(None, (turn, "" if self.one is None else f"reshape(shape={sizes})")))
 
+    def undone(self, shape: Shape) -> str:
+        """What makes a tensor of this shape of one that looks so."""
+        sizes = [shape[dim] for dim in self.order]
+        if self.one is not None:
+            sizes[self.one] = -1
+        back = [self.order.index(dim) for dim in range(len(self.order))]
+        return " | ".join([f"reshape(shape={sizes})", *([] if back == sorted(back) else [f"permute({back})"])])
+
 
 # How dims stand elsewhere, by their number: a matrix (and a bias of heads), a stack of matrices and projections to heads and from them, a
 # window before its channels (in, out; or, where each channel has a window of its own, channels and one).
@@ -53,59 +65,119 @@ _LOOKS = {
     4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1))),
     5: (Look((4, 3, 0, 1, 2)),),
 }
+# The target's projections to heads and from them, and the biases of these, as the matrices and vectors that they are elsewhere.
+_HEADS = {2: (Look((0, 1), 0),), 3: (Look((0, 1, 2), 1), Look((1, 0, 2), 1), Look((0, 1, 2), 0))}
+_LINEAR_HEADS = Look((1, 2, 0), 0), Look((0, 2, 1), 0), Look((2, 0, 1), 1)
+_MOST_PARTS = 3  # that a matrix is made of: queries, keys and values
+_OF_HEADS = frozenset({"q", "k", "v"})
 
 
 @dataclass(frozen=True)
 class Turned:
-    """The source's tensors as they are in the file, and how those look that are looked at otherwise."""
+    """Both sides' tensors as they are in the files, and how those look that are looked at otherwise.
+
+    `told` says that biases or names tell so, and not shapes alone.
+    """
 
     source: Tensors
+    target: Tensors
     looks: Mapping[str, Look] = field(default_factory=dict)
+    target_looks: Mapping[str, Look] = field(default_factory=dict)
+    told: bool = False
 
-    def chain(self, name: str, *ops: str) -> str:
-        """The ops of a link, after the one that turns its sources."""
-        return " | ".join(op for op in (self.op(name), *ops) if op)
+    def chain(self, source: str, op: str, target: str) -> str:
+        """The ops of a link, after the one that turns its sources, and before the one that makes the target of what it looks like."""
+        look = self.target_looks.get(target)
+        return " | ".join(filter(None, (self.op(source), op, look.undone(self.target[target].shape) if look else "")))
 
     def op(self, name: str) -> str:
         """What turns a tensor, as an adapt rule writes it; "" for one that is looked at as it is."""
         return self.looks[name].op(self.source[name].shape) if name in self.looks else ""
 
-    def seen(self, tensor: TensorMeta) -> TensorMeta:
-        """A tensor as it is looked at."""
-        return replace(tensor, shape=self.looks[tensor.name].shape(tensor.shape)) if tensor.name in self.looks else tensor
+
+def seen(side: Tensors, looks: Mapping[str, Look]) -> dict[str, TensorMeta]:
+    """The tensors of a side as they are looked at."""
+    return {key: replace(tensor, shape=looks[key].shape(tensor.shape)) if key in looks else tensor for key, tensor in side.items()}
 
 
 def turned(source: Tensors, target: Tensors) -> Turned:
-    """The source's weights turned, those of one kind (matrices, windows) where more fit only so than only as they are; else as they are."""
+    """Both sides' weights turned: the source's as `_turned` says, and the target's projections to heads as matrices of that kind."""
+    outputs = _outputs(source)
+    across = {*map(tuple, (outputs, _outputs(target)))} == {(0,), (1,)}
+    plain = _turned(source, target, across)
+    are_turned = any(look.order == (1, 0) for look in plain.values())
+    heads = _with_heads(source, target, outputs == {0} and not are_turned) if len(outputs) == 1 else {}
+    looks = _turned(source, seen(target, heads), across=True) if heads and are_turned else plain
+    return Turned(source, target, looks, heads, across)
+
+
+def _with_heads(source: Tensors, target: Tensors, linear: bool) -> dict[str, Look]:
+    """How projections of the target look, and their biases, that have the heads of an attention as a dim of their own.
+
+    They are `x @ w`; where the source's matrices are seen `linear`, so are they.
+    """
+    shapes = {shape for tensor in source.values() for shape in (tensor.shape, tensor.shape[::-1])}
+    whole = shapes | {(shape[0], shape[1] // parts) for shape in shapes if len(shape) == 2 for parts in range(2, _MOST_PARTS + 1)}
+    vectors = {(shape[0] // parts,) for shape in shapes if len(shape) == 1 for parts in range(1, _MOST_PARTS + 1)}
+    looks: dict[str, Look] = {}
+    for key, tensor in target.items():
+        many = len(tensor.shape)
+        if many not in _HEADS or tensor.shape in shapes or key.endswith("bias") != (many == 2):
+            continue
+        ways = _LINEAR_HEADS if linear and many > 2 else _HEADS[many]
+        if look := next((look for look in ways if look.shape(tensor.shape) in (whole if many > 2 else vectors)), None):
+            looks[key] = look
+    attentions = {module_of(module_of(key)) for key in looks if {*concepts(module_of(key).rpartition(".")[2])} & _OF_HEADS}
+    return {key: look for key, look in looks.items() if module_of(module_of(key)) in attentions}
+
+
+def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
+    """The source's weights turned, those of one kind (matrices, windows) where more fit only so than only as they are; else as they are.
+
+    `across` says that the outputs of all matrices are along the other dim.
+    """
     shapes = {tensor.shape for tensor in target.values()}
     kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
-    along = _along_biases(source), _along_biases(target)
-    kernels = kernels or along in (({0}, {1}), ({1}, {0}))
     looks: dict[str, Look] = {}
     for many, look in ((many, look) for many, every in _LOOKS.items() for look in every):
         of_biases = many == 2 and look.one is not None
         weights = {
             key: tensor.shape
             for key, tensor in source.items()
-            if len(tensor.shape) == many and not (many == 2 and _table(key)) and (key.endswith("bias") or not of_biases)
+            if len(tensor.shape) == many
+            and not (many == 2 and _table(key))
+            and (key.endswith("bias") or not of_biases)
+            and (look.one is None or tensor.shape not in shapes)
         }
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
         fits = {key: look.shape(shape) in shapes for key, shape in weights.items()}
         only = sum(shape not in shapes and fits[key] for key, shape in weights.items())
         never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
-        if (kernels and not never) or (only > never and only >= _LEAST * len(weights)):
+        if across and look.order == (1, 0):
+            looks = {key: look for key, shape in weights.items() if fits[key] or shape not in shapes} | looks
+        elif ((kernels or across) and not never) or (only > never and only >= _LEAST * len(weights)):
             looks = {key: look for key in weights if fits[key]} | looks
-    return Turned(source, looks)
+    return looks
 
 
-def _along_biases(side: Tensors) -> set[int]:
-    """The dim that has the size of the bias, of the matrices that have one and are not square; both for a side of both kinds."""
+def _outputs(side: Tensors) -> set[int]:
+    """The dim that outputs are along, of matrices that are not square: they have a bias of its size, or the name of a layer that goes from
+    the width of the norms, or back to it; both for a side of both kinds."""
+    norms = Counter(tensor.shape for key, tensor in side.items() if len(tensor.shape) == 1 and "norm" in concepts(module_of(key)))
+    width = norms.most_common(1)[0][0][0] if norms else 0
     found: set[int] = set()
     for key, tensor in side.items():
-        bias = side.get(f"{key.removesuffix('weight')}bias") if key.endswith(".weight") and len(tensor.shape) == 2 else None
-        if bias is not None and len(bias.shape) == 1 and len({*tensor.shape}) == 2 and bias.shape[0] in tensor.shape:
+        if len(tensor.shape) != 2 or len({*tensor.shape}) == 1 or key.endswith("bias") or _table(key):
+            continue
+        bias = side.get(f"{module_of(key)}.bias")
+        if bias is not None and len(bias.shape) == 1 and bias.shape[0] in tensor.shape:
             found.add(tensor.shape.index(bias.shape[0]))
+        elif width in tensor.shape:
+            words = {*concepts(module_of(key).rpartition(".")[2])}
+            back = any(way <= words for way in _BACK)
+            if back or any(way <= words for way in _FROM):
+                found.add(tensor.shape.index(width) if back else 1 - tensor.shape.index(width))
     return found
 
 
@@ -115,7 +187,8 @@ def _kernel(key: str) -> bool:
 
 def _table(key: str) -> bool:
     """Whether a matrix is a table by its name, which is looked up in and never turned."""
-    return bool(set(concepts(key)) & {"embed", "tok", "pos"})
+    near = ".".join(key.split(".")[-3:])  # a model may be called after tokens
+    return bool(set(concepts(near)) & {"embed", "tok", "pos"}) or module_of(key) == "shared"
 
 
 def squares_turned(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:

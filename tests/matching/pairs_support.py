@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ckptsurgeon.adapters.chain import RuleOp, fill_chain
+from ckptsurgeon.adapters.table import parse_ops, run
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.result import Matching
@@ -114,8 +118,45 @@ def score(found: Matching, pair: Pair) -> Score:
     return Score(**counts)
 
 
+_MANY = 1 << 17  # elements from which on values are not made to compare an op by
+_STEP = re.compile(r"([a-z_]+)(?:\(([^()]*)\))? ?")
+_STEPS: dict[str, Callable[[torch.Tensor, list[list[int]]], torch.Tensor]] = {
+    "transpose": lambda value, numbers: value.transpose(*(numbers[0] if numbers else (0, 1))),
+    "slice": lambda value, numbers: value.narrow(numbers[0][0], numbers[0][1], numbers[0][2] - numbers[0][1]),
+    "reshape": lambda value, numbers: value.reshape(numbers[-1]),
+    "permute_dims": lambda value, numbers: value.permute(numbers[0]),
+    "chunk": lambda value, numbers: value.chunk(numbers[0][1], numbers[0][2])[numbers[0][0]],
+}
+
+
+def _told(told: str, value: torch.Tensor) -> torch.Tensor | None:
+    """What the steps of a truth make of a tensor; None where they are one step, or not all can be read."""
+    steps = _STEP.findall(told)
+    if len(steps) < 2 or "".join(found[0] for found in _STEP.finditer(told)) != told or not {name for name, _ in steps} <= _STEPS.keys():
+        return None
+    for name, text in steps:
+        value = _STEPS[name](value, [list(map(int, re.findall(r"\d+", part))) for part in text.split("->") if part])
+    return value
+
+
+def made(link: Link, op: str, at: int, given: Sequence[torch.Tensor], goal: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    """What an op makes of a link's sources for one of its targets, as a plan has it done; `goal` has the targets' shapes."""
+    asked = [RuleOp(one, at, link.targets) for one in (parse_ops(op) if op else ())]
+    chain, _ = fill_chain(asked, [tuple(one.shape) for one in given], goal[link.targets[at]], goal)
+    parts = list(given)
+    for step in chain:
+        parts = list(run(step, parts, lambda: torch.empty(0), {}))
+    return parts[0]
+
+
 def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
     """Whether a link's op is what the truth says; rows in another order are no copy."""
+    if len(link.sources) == 1 and pair.source[link.sources[0]].numel < _MANY:
+        value = torch.arange(pair.source[link.sources[0]].numel).reshape(pair.source[link.sources[0]].shape)
+        wanted_value = _told(told, value)
+        if wanted_value is not None:
+            goal = {name: pair.target[name].shape for name in link.targets}
+            return torch.equal(made(link, link.op, link.targets.index(key), [value], goal), wanted_value)
     ops = re.findall(r"[a-z_]+(?=[( ]|$)", link.op)
     part = re.match(r"chunk\((\d+)/(\d+),", told)
     some = re.search(r"of=(\d+), parts=\[([\d, ]+)\]", link.op)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from rows_support import ORDERS, Rows, norm, sides, sure
+import re
 
+import pytest
+from pairs_support import PAIRS, read_pair, sorted_keys
+from rows_support import ORDERS, Rows, norm, side, sides, sure
+
+from ckptsurgeon.matching.choose import choose
+from ckptsurgeon.matching.evidence.lists import in_each_longest_rise
+from ckptsurgeon.matching.evidence.score import Clues
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.module_tree import Node, both
+from ckptsurgeon.planning.links import ENOUGH
 
 HERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
 THERE = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense"}
@@ -98,3 +106,73 @@ def test_a_layers_fused_matrix_is_not_cut_into_one_part_for_each_layer(in_order:
     source: Rows = [(f"blocks.{at}.attn.qkv.weight", (24, 8)) for at in range(3)]
     target: Rows = [(f"encoder.layer.{at}.attention.value.weight", (8, 8)) for at in range(3)]
     assert not [link for link in match(*sides(source, target, in_order)).links if len(link.targets) == 3]
+
+
+# Pairs of published implementations, and what is taken from their source, as a trained model may lack it.
+TAKEN = [
+    ("one of two attentions", "facebook_timesformer__hf_timesformer", r"model\.blocks\.\d+\.temporal_attn\.proj"),
+    ("one of two norms", "huawei_tnt__timm_tnt", r"blocks\.\d+\.outer_norm1"),
+    ("one of two norms, of a list", "hf446_llava__hf524_llava", r"vision_tower\.vision_model\.encoder\.layers\.\d+\.layer_norm2"),
+    ("queries", "nari_dia__hf_dia", r"encoder\.layers\.\d+\.self_attention\.q_proj"),
+    ("the text's part of an attention", "lodestone_chroma__diffusers_chroma", r"double_blocks\.\d+\.txt_attn\.proj"),
+    ("the text's first layer", "lodestone_chroma__diffusers_chroma", r"double_blocks\.\d+\.txt_mlp\.0"),
+]
+
+
+@ORDERS
+@pytest.mark.parametrize(("pair", "taken"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN])
+def test_what_is_taken_from_a_source_is_not_made_up(pair: str, taken: str, in_order: bool) -> None:
+    whole = read_pair(PAIRS / f"{pair}.json") if in_order else sorted_keys(read_pair(PAIRS / f"{pair}.json"))
+    rest = {key: tensor for key, tensor in whole.source.items() if not re.fullmatch(taken, key.rpartition(".")[0])}
+    assert len(rest) < len(whole.source)
+    for key, source in sure(match(rest, whole.target)).items():
+        assert key in whole.truth and (source in whole.truth[key].sources or whole.truth[key].twins), key
+
+
+@pytest.mark.parametrize("trust", [0.0, 1.0])
+@pytest.mark.parametrize("lacked", [1, 4])
+def test_a_list_that_skips_a_number_lacks_that_member(lacked: int, trust: float) -> None:
+    """The others are not counted anew: `in_layers.2` is no stand-in for `in_layers.1`."""
+    source: Rows = [(f"enc_q.in_layers.{at}.weight", (8, 8)) for at in range(8) if at != lacked]
+    target: Rows = [(f"wavenet.in_layers.{at}.weight", (8, 8)) for at in range(8)]
+    choices = choose(*units(source, target), Clues(trust=trust))
+    assert {choice.source.numbers: choice.target.numbers for choice in choices} == {(at,): (at,) for at in range(8) if at != lacked}
+
+
+def test_the_second_of_each_of_many_is_not_both_of_each_of_half_as_many() -> None:
+    source: Rows = [(f"decoder.upsamples.{at}.residual.6.weight", (8, 8, 3)) for at in range(6)]
+    target: Rows = [(f"up_blocks.{at}.conv{n}.weight", (8, 8, 3)) for at in range(3) for n in (1, 2)]
+    assert all(choice.margin < ENOUGH for choice in choose(*units(source, target), Clues()))
+
+
+def units(*rows: Rows) -> list[list[Node]]:
+    """The layers of two sides."""
+    return [list(root.units()) for root in both(*(side(some).values() for some in rows))]
+
+
+def blocks(head: str, names: dict[str, tuple[int, ...]], many: int = 4) -> Rows:
+    return [(f"{head}.{at}.{name}.weight", shape) for at in range(many) for name, shape in names.items()]
+
+
+@ORDERS
+def test_a_layer_that_is_called_after_another_thing_is_not_certain_beside_one_that_is_left(in_order: bool) -> None:
+    body = [(f"encoder.layers.{at}.{name}.weight", shape) for at in range(3) for name, shape in (("fc1", (32, 8)), ("fc2", (8, 32)))]
+    renamed = [(key.replace("encoder", "model.enc").replace("fc", "dense"), shape) for key, shape in body]
+    layer = [("weight", (5, 8)), ("bias", (5,))]
+    source = [*body, *((f"final_proj.{role}", shape) for role, shape in layer)]
+    target = [*renamed, *((f"{name}.{role}", shape) for name in ("speaker_proj", "project_hid") for role, shape in layer)]
+    assert not [key for key in sure(match(*sides(source, target, in_order))) if key.startswith(("speaker", "project"))]
+
+
+def test_a_list_of_which_a_member_lacks_something_tells_no_direction() -> None:
+    units = {f"unit{n}.conv{m}": (8, 8, 3, 3) for n in (1, 2) for m in (1, 2)} | {"out": (8, 9, 1, 1)}
+    source = [row for row in blocks("refinenets", units) if row[0] != "refinenets.2.unit2.conv2.weight"]
+    source = [(key.replace("refinenets.", "refinenet"), shape) for key, shape in source]
+    names = {f"residual{n}.convolution{m}": (8, 8, 3, 3) for n in (1, 2) for m in (1, 2)} | {"projection": (8, 9, 1, 1)}
+    assert not sure(match(*sides(source, blocks("neck.fusion_stage.layers", names))))
+
+
+def test_members_that_go_to_one_are_held_against_the_order_of_the_rest() -> None:
+    """Two lists in one: `layers.1` goes to a part of the second member, so that two numbers go to one; a crossed pair is not certain."""
+    moves = [(0, 0), (1, 1), (2, 2), (3, 1), (4, 3), (5, 3)]
+    assert in_each_longest_rise([target for _, target in moves]) == {0, 1, 4, 5}

@@ -504,3 +504,53 @@ def test_a_square_weight_whose_bias_stands_around_its_layer_is_as_it_is_or_turne
         here | {"convs.3.bias": (7,), "convs.3.lin.weight": (7, 48)}, there | {"layers.3.weight": (7, 48), "layers.3.bias": (7,)}
     )
     assert all(as_it_is[f"layers.{at}.weight"].certain and not as_it_is[f"layers.{at}.weight"].op for at in range(4))
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+def test_two_parts_of_a_fused_bias_are_in_doubt_as_its_matrix_is(in_order: bool) -> None:
+    """The key has no bias in the target, and whether the rows lie in turn or by head is not told: torch's results of both."""
+    heads, size = 4, 32
+    source: Shapes = {}
+    target: Shapes = {}
+    for at in range(2):
+        source |= {
+            f"h.{at}.attn.qkv.weight": (3 * size, size),
+            f"h.{at}.attn.qkv.bias": (3 * size,),
+            f"h.{at}.attn.proj.weight": (size, size),
+        }
+        target |= {f"layers.{at}.self.{name}.weight": (size, size) for name in ("query", "key", "value")}
+        target |= {f"layers.{at}.self.{name}.bias": (size,) for name in ("query", "value")} | {f"layers.{at}.self.out.weight": (size, size)}
+    link = links(source, target, in_order)["layers.1.self.value.bias"]
+    assert link.doubt == "layout" and link.clear and link.targets == ("layers.1.self.query.bias", "layers.1.self.value.bias")
+    bias = torch.arange(3.0 * size)
+    goal = {key: target[key] for key in link.targets}
+    in_turn, by_head = (made(link, at, {"h.1.attn.qkv.bias": bias}, goal, heads=heads) for at in range(2))
+    assert torch.equal(in_turn["layers.1.self.query.bias"], bias[:size]) and torch.equal(
+        in_turn["layers.1.self.value.bias"], bias[2 * size :]
+    )
+    parts = bias.reshape(heads, 3, size // heads)
+    assert torch.equal(by_head["layers.1.self.query.bias"], parts[:, 0].flatten())
+    assert torch.equal(by_head["layers.1.self.value.bias"], parts[:, 2].flatten())
+
+
+def test_a_bias_of_heads_that_both_sides_have_is_taken_as_it_is() -> None:
+    """As XLNet's `r_w_bias` is: only the kernels beside it are turned."""
+    source = {
+        f"layer.{at}.attention.{name}": shape
+        for at in range(2)
+        for name, shape in (("kernel", (8, 12)), ("bias", (12,)), ("r_w_bias", (4, 3)))
+    }
+    target = {
+        f"layers.{at}.rel.{name}": shape for at in range(2) for name, shape in (("weight", (12, 8)), ("bias", (12,)), ("r_w_bias", (4, 3)))
+    }
+    found = links(source, target)
+    assert found["layers.1.rel.r_w_bias"].op == "" and found["layers.1.rel.weight"].op == "transpose"
+
+
+def test_kernels_of_a_model_that_is_called_after_tokens_are_turned_too() -> None:
+    head = "tf_model_for_token_classification.encoder"
+    source = {f"{head}.layer.{at}.{name}.kernel": shape for at in range(2) for name, shape in (("up", (8, 32)), ("down", (32, 8)))}
+    target = {
+        f"model.layers.{at}.{name}.weight": shape for at in range(2) for name, shape in (("up_proj", (32, 8)), ("down_proj", (8, 32)))
+    }
+    assert {link.op for link in links(source, target).values()} == {"transpose"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rows_support import Rows, side, sure
+from rows_support import ORDERS, Rows, side, sides, sure
 
 from ckptsurgeon.matching.evidence.distinguish import nearness
 from ckptsurgeon.matching.matcher import match
@@ -136,3 +136,100 @@ def test_of_two_the_one_is_nearer_whose_name_begins_alike(names: tuple[str, str]
     root = grow(side([(f"{name}.weight", (4, 4)) for name in (*names, anchor)]).values())
     units = {unit.path: unit for unit in root.units()}
     assert nearness([units[name] for name in names], units[anchor]) == near
+
+
+@ORDERS
+@pytest.mark.parametrize("of_source", [False, True], ids=["tied output", "output of its own"])
+def test_one_embedding_is_all_that_are_called_so(of_source: bool, in_order: bool) -> None:
+    """Encoder's, decoder's and both's tables are one, as is the output layer that the source has not."""
+    source: Rows = [("token_embd.weight", (40, 8)), *([("output.weight", (40, 8))] if of_source else [])]
+    source += [(f"enc.blk.{at}.{name}.weight", shape) for at in range(3) for name, shape in (("ffn_up", (32, 8)), ("ffn_down", (8, 32)))]
+    target: Rows = [("shared.weight", (40, 8)), ("encoder.embed_tokens.weight", (40, 8))]
+    target += [(f"encoder.block.{at}.mlp.{name}.weight", shape) for at in range(3) for name, shape in (("wi", (32, 8)), ("wo", (8, 32)))]
+    target += [("decoder.embed_tokens.weight", (40, 8)), ("lm_head.weight", (40, 8))]
+    found = sure(match(*sides(source, target, in_order)))
+    tables = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    assert {found.get(name) for name in tables} == {"token_embd.weight"}
+    assert found["lm_head.weight"] == ("output.weight" if of_source else "token_embd.weight")
+
+
+@ORDERS
+def test_tables_of_other_things_are_not_one_embedding(in_order: bool) -> None:
+    source: Rows = [("embed_tokens.weight", (40, 8)), ("h.0.fc.weight", (32, 8)), ("h.1.fc.weight", (32, 8))]
+    target: Rows = [
+        ("tok_embed.weight", (40, 8)),
+        ("pos_embed.weight", (40, 8)),
+        ("layers.0.linear.weight", (32, 8)),
+        ("layers.1.linear.weight", (32, 8)),
+    ]
+    assert "pos_embed.weight" not in sure(match(*sides(source, target, in_order)))
+
+
+@ORDERS
+def test_an_output_layer_that_is_x_at_w_is_the_embedding_turned(in_order: bool) -> None:
+    layers: Rows = [(f"{at}.fc.{role}", shape) for at in range(3) for role, shape in (("weight", (8, 32)), ("bias", (32,)))]
+    source: Rows = [("transformer.wte.weight", (40, 8)), *((f"transformer.h.{key}", shape) for key, shape in layers)]
+    target: Rows = [("embed.W_E", (40, 8)), *((f"blocks.{key}", shape) for key, shape in layers), ("unembed.W_U", (8, 40))]
+    links = {key: link for link in match(*sides(source, target, in_order)).certain for key in link.targets}
+    assert links["unembed.W_U"].sources == ("transformer.wte.weight",) and links["unembed.W_U"].op == "transpose"
+
+
+@ORDERS
+@pytest.mark.parametrize("names", [("w1", "w3", "w2"), ("w1_EFD", "w3_EFD", "w2_EDF")], ids=["w1", "dims in the name"])
+def test_square_experts_are_told_by_what_w1_and_w3_stand_for(names: tuple[str, str, str], in_order: bool) -> None:
+    source: Rows = [(f"layers.{at}.moe.experts.{name}", (3, 8, 8)) for at in range(2) for name in names]
+    target: Rows = [
+        (f"model.layers.{at}.mlp.experts.{n}.{name}.weight", (8, 8))
+        for at in range(2)
+        for n in range(3)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    found = {key: link for link in match(*sides(source, target, in_order)).links for key in link.targets}
+    down = found["model.layers.1.mlp.experts.2.down_proj.weight"]
+    assert down.sources == (f"layers.1.moe.experts.{names[2]}",) and down.certain
+
+
+@ORDERS
+def test_square_stacks_whose_names_say_nothing_are_not_certain(in_order: bool) -> None:
+    source: Rows = [(f"layers.{at}.experts.{name}", (3, 8, 8)) for at in range(2) for name in ("alpha", "beta2", "omega")]
+    target: Rows = [
+        (f"h.{at}.experts.{n}.{name}.weight", (8, 8)) for at in range(2) for n in range(3) for name in ("left", "middle", "right")
+    ]
+    assert not match(*sides(source, target, in_order)).certain
+
+
+def test_a_count_of_batches_goes_where_its_norm_goes() -> None:
+    """Stages are counted otherwise, and some counts have the same names on both sides."""
+    roles = ("weight", "bias", "running_mean", "running_var")
+
+    def stages(numbers: tuple[int, ...]) -> Rows:
+        rows: Rows = []
+        for width, number in zip((8, 16, 32), numbers, strict=True):
+            rows += [(f"stages.{number}.mlp.1.{role}", (width,)) for role in roles]
+            rows += [(f"stages.{number}.mlp.1.num_batches_tracked", ())]
+        return rows
+
+    found = sure(match(*sides(stages((0, 2, 4)), stages((0, 1, 2)))))
+    assert {found[f"stages.{at}.mlp.1.num_batches_tracked"] for at in (1, 2)} == {
+        f"stages.{2 * at}.mlp.1.num_batches_tracked" for at in (1, 2)
+    }
+
+
+@ORDERS
+def test_words_that_say_nothing_do_not_keep_a_layer_apart(in_order: bool) -> None:
+    """`o_proj` is `output`, where one of them has a bias and the other none, beside others of their shape."""
+    source: Rows = [
+        (f"layers.{at}.attn.{name}_proj.{role}", shape)
+        for at in range(3)
+        for name in "qkv"
+        for role, shape in (("weight", (8, 8)), ("bias", (8,)))
+    ]
+    source += [(f"layers.{at}.attn.o_proj.weight", (8, 8)) for at in range(3)]
+    target: Rows = [
+        (f"h.{at}.attention.{name}.{role}", shape)
+        for at in range(3)
+        for name in ("query", "key", "value", "output")
+        for role, shape in (("weight", (8, 8)), ("bias", (8,)))
+    ]
+    found = sure(match(*sides(source, target, in_order)))
+    assert found["h.1.attention.output.weight"] == "layers.1.attn.o_proj.weight"

@@ -11,7 +11,7 @@ FILES = sorted(PAIRS.glob("*.json"))
 # What names and shapes can't tell: how many tensors stay uncertain there, and why.
 UNCERTAIN = {
     "real_silero_vad_jit__real_silero_vad_16k": (2, "layers that a second net of the source has too, of the same shapes"),
-    "idea_grounding_dino__hf_grounding_dino": (52, "norms that are counted on one side, and named after attentions on the other"),
+    "idea_grounding_dino__hf_grounding_dino": (70, "norms that are counted on one side, and named after attentions on the other"),
     "cloneofsimo_auraflow__diffusers_auraflow": (34, "two streams of one form, told by numbers and letters on one side"),
 }
 

@@ -180,3 +180,30 @@ def test_layers_of_other_kinds_under_the_same_numbers_are_of_another_model() -> 
     thirteen, sixteen = plain((8, 2), (16, 2), (32, 2), (64, 2), (65, 2)), plain((8, 2), (16, 2), (32, 3), (64, 3), (65, 3))
     assert "another kind has the same name" in found(thirteen, sixteen)[1]
     assert found(thirteen, thirteen)[1] == ""
+
+
+def swin(head: str, table: bool) -> Rows:
+    """Blocks with a table of relative positions, or with a scale and an MLP in its stead."""
+    rows: Rows = [(f"{head}patch_embed.weight", (8, 3, 4, 4))]
+    for at in range(4):
+        block = f"{head}blocks.{at}"
+        shapes = {"attn.proj": (8, 8), "attn.qkv": (24, 8), "fc1": (32, 8), "fc2": (8, 32)}
+        rows += [row for name, shape in shapes.items() for row in ((f"{block}.{name}.weight", shape), (f"{block}.{name}.bias", shape[:1]))]
+        rows.append((f"{block}.attn.table", (49, 2)) if table else (f"{block}.attn.logit_scale", (2, 1, 1)))
+    return rows
+
+
+def renamed(rows: Rows) -> Rows:
+    names = {"patch_embed": "stem.projection", "blocks": "encoder.layer", "attn": "attention", "fc1": "intermediate", "fc2": "output"}
+    for old, new in names.items():
+        rows = [(key.replace(old, new), shape) for key, shape in rows]
+    return rows
+
+
+def test_parts_that_each_block_of_one_side_alone_has_are_another_models() -> None:
+    assert found(swin("", table=False), renamed(swin("", table=True)))[1].endswith(
+        "are parts that each block of one side has, and none of the other"
+    )
+    assert not found(swin("", table=True), renamed(swin("", table=True)))[1]
+    lacking = [row for row in swin("", table=True) if "table" not in row[0]]
+    assert not found(lacking, renamed(swin("", table=True)))[1]  # one side alone has more

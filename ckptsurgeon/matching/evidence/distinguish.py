@@ -284,6 +284,23 @@ def _counted_on(nodes: Sequence[Node]) -> list[int]:
     return places if apart and len({*places}) == len(nodes) > len(rows) and min(places) >= 0 else []
 
 
+def places_by_number(sources: Sequence[Node], targets: Sequence[Node]) -> tuple[list[int], list[int]] | None:
+    """The numbers of two rows, where the shorter one skips some of the longer one's: what it skips is what it lacks; else None."""
+    rows = _single_numbers(sources), _single_numbers(targets)
+    if not all(rows) or len(sources) == len(targets):
+        return None
+    short, long = sorted(map(set, rows), key=len)
+    return rows if short < long and len(short) <= max(short) - min(short) else None
+
+
+def _single_numbers(nodes: Sequence[Node]) -> list[int]:
+    """The one number by which nodes differ that differ by one number alone; else nothing."""
+    if len({node.folded for node in nodes}) > 1:
+        return []
+    differ = [column for column in zip(*(node.numbers for node in nodes), strict=True) if len({*column}) > 1]
+    return list(differ[0]) if len(differ) == 1 and len({*differ[0]}) == len(nodes) else []
+
+
 def _of_parted_lists(nodes: Sequence[Node], rows: Mapping[int, int]) -> bool:
     """Whether nodes are members of lists beside each other, and of one that is not the first of them some stand elsewhere."""
     lists: dict[str, list[Node]] = {}

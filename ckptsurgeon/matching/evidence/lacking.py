@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said_by_place
 from ckptsurgeon.matching.module_tree import ROLES, around, fold, is_float, module_of
@@ -16,7 +16,7 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
 Tensors = Mapping[str, TensorMeta]
-_MEMBER = re.compile(r"(?:^|(?<=\.))\d{1,9}(?=\.)")  # a number that is a whole part, be it the first
+_MEMBER = re.compile(r"(?:^|(?<=[._]))\d{1,9}(?=\.)")  # a number that is a whole part, or ends one: `layers.0`, `layer_0`
 _LEVELS = 4  # of modules around a layer that are looked at
 _MOST = 32  # targets without a source that a link is compared with
 _PARTS = frozenset({"q", "k", "v", "out"})  # of one attention
@@ -28,12 +28,15 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
     single = [link for link in links if len(link.sources) == len(link.targets) == 1]
     sides = _words_of(source), _words_of(target)
     reached = {key for link in links if link.clear for key in link.targets}
+    owners = {name: key for link in links for key in link.sources for name in link.targets}
     fresh: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for key, tensor in target.items():
-        if key not in reached and is_float(tensor) and around(key, _MEMBER):
+        if key not in reached and is_float(tensor):
             fresh.setdefault((tensor.shape, _role(key)), []).append(key)
     ways = [_Homes(_modules_at_equal_depth, single), _Homes(_blocks, single)]
-    usual = Counter((fold(link.sources[0]), fold(link.targets[0])) for link in single if link.clear)
+    usual = _Usual(single, reached, target)
+    clear = {link.targets[0]: link.sources[0] for link in single if link.clear}
+    strangers = dict(_strangers(clear, target)), dict(_strangers({key: name for name, key in clear.items()}, source))
     for link in single:
         if not link.clear:
             continue
@@ -43,11 +46,51 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
             yield link, "names exclude each other", ""
         elif home:
             yield link, f"the rest of its module goes to {home}", ""
+        elif name in strangers[0]:
+            yield link, f"the others of its list come from {strangers[0][name]}", ""
+        elif key in strangers[1]:
+            yield link, f"the others of its list go to {strangers[1][key]}", ""
         else:
             others = fresh.get((target[name].shape, _role(name)), ())[:_MOST]
-            rival = next((other for other in others if _beside(name, other) and not _told(key, name, other, usual)), "")
+            near = (other for other in others if _beside(name, other) or (_at_the_top(name, other) and owners.get(other, key) == key))
+            rival = next((other for other in near if not _told(key, name, other, usual)), "")
             if rival:
                 yield link, f"{rival} is left, and as good", f"{key} -> {rival}"
+
+
+def _strangers(pairs: Mapping[str, str], side: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Tensors of a numbered list of one side whose partners are not of the list that the others' are of, and that list.
+
+    It is so where all others of a list of layers go with one list, and the tensor stands between two of these; or where its partner is of
+    no list, though the rest of its block goes with one, and every block has such a tensor. `pairs` has the partners by their tensor on
+    that side.
+    """
+    lists: dict[str, dict[str, str]] = {}
+    for key, partner in pairs.items():
+        if kind := _listed(key):
+            lists.setdefault(kind, {})[key] = partner
+    homes: dict[str, Counter[str]] = {}
+    for here, there in {(module_of(key), module_of(partner)) for inside in lists.values() for key, partner in inside.items()}:
+        homes.setdefault(around(f"{here}.", _MEMBER), Counter())[around(f"{there}.", _MEMBER)] += 1
+    members = Counter(map(_listed, side))
+    for kind, inside in lists.items():
+        numbers = {key: int(key[kind.index("#") :].partition(".")[0]) for key in inside}
+        kinds = Counter(map(fold, inside.values()))
+        (usual, many), *_ = kinds.most_common(1)
+        for key, partner in inside.items():
+            home, most = homes[around(key, _MEMBER)].most_common(1)[0]
+            alone = kinds[fold(partner)] == 1 < members[kind]
+            amid = kind.count(".", kind.index("#")) == 1 and min(numbers.values()) < numbers[key] < max(numbers.values())
+            if alone and amid and 1 < many == len(inside) - 1:
+                yield key, usual
+            elif alone and home and most > 2 and not around(partner, _MEMBER):
+                yield key, home
+
+
+def _listed(name: str) -> str:
+    """A name without the number of the innermost list that it is in; empty where it is in none."""
+    head, number, rest = _cut(name)
+    return f"{head}#{rest}" if number else ""
 
 
 def _words_of(side: Tensors) -> frozenset[str]:
@@ -117,15 +160,69 @@ class _Homes:
 
 
 def _beside(name: str, other: str) -> bool:
-    """Whether two targets stand in one member of a list, at any depth."""
+    """Whether two targets stand in one member of a list, at any depth; or in two lists there, or two layers of one, as far down in each."""
     first, second = (f"{around(key, _MEMBER)}." for key in (name, other))
-    return "." not in (first, second) and (first.startswith(second) or second.startswith(first))
+    if "." in (first, second):
+        return False
+    return first.startswith(second) or second.startswith(first) or _apart_by_one(first, second)
 
 
-def _told(key: str, name: str, other: str, usual: Mapping[tuple[str, str], int]) -> bool:
+def _at_the_top(name: str, other: str) -> bool:
+    """Whether two targets stand in no list, and in one module."""
+    return not around(name, _MEMBER) + around(other, _MEMBER) and module_of(module_of(name)) == module_of(module_of(other))
+
+
+def _apart_by_one(first: str, second: str) -> bool:
+    """Whether two paths within a member of a list differ in one part of them, be it the number of a list in there."""
+    parts = [*zip(first.split("."), second.split("."), strict=False)]
+    apart = [at for at, pair in enumerate(parts) if pair[0] != pair[1]]
+    return first.count(".") == second.count(".") and len(apart) == 1 and any(here.isdigit() for here, _ in parts[: apart[0]])
+
+
+class _Usual:
+    """How often tensors of one name go to tensors of another, in blocks whose third tensor has a source of its own.
+
+    Of two targets that differ by the number of a list in their block alone, that number counts, and how many the list has.
+    """
+
+    def __init__(self, links: Sequence[Link], reached: Iterable[str], target: Iterable[str]) -> None:
+        self.lengths = Counter(head for head, _ in {(_cut(name)[0], _cut(name)[1]) for name in target})
+        self.blocks: dict[tuple[str, str], list[str]] = {}
+        for link in links:
+            if link.clear:
+                name = link.targets[0]
+                for kind in {fold(name), self._numbered(name)}:
+                    self.blocks.setdefault((fold(link.sources[0]), kind), []).append(_block_of(name))
+        self.reached = {(_block_of(name), kind) for name in reached for kind in (fold(name), self._numbered(name))}
+
+    def count(self, key: str, name: str, third: str) -> int:
+        kinds = [fold(name), fold(third)]
+        if kinds[0] == kinds[1]:
+            kinds = [self._numbered(name), self._numbered(third)]
+        return sum((block, kinds[1]) in self.reached for block in self.blocks.get((fold(key), kinds[0]), ()))
+
+    def _numbered(self, name: str) -> str:
+        head, number, rest = _cut(name)
+        return f"{fold(head)}{number}{rest} of {self.lengths[head]}"
+
+
+def _cut(name: str) -> tuple[str, str, str]:
+    """What stands before the number of the innermost list that a tensor is in, the number, and the rest."""
+    block = around(name, _MEMBER)
+    head = block.rstrip("0123456789")
+    return head, block[len(head) :], name[len(block) :]
+
+
+def _block_of(name: str) -> str:
+    """The member of a list that the innermost list around a tensor stands in; the innermost's where it stands in none."""
+    head, *_ = _cut(name)
+    return around(f"{head}0.weight", _MEMBER) or around(name, _MEMBER)
+
+
+def _told(key: str, name: str, other: str, usual: _Usual) -> bool:
     """Whether what a source is called has more in common with one target than with another, or goes to such a one elsewhere."""
     words, chosen, rival = (_telling(text) for text in (key, name, other))
-    return len(words & chosen) > len(words & rival) or usual[fold(key), fold(name)] > usual[fold(key), fold(other)]
+    return len(words & chosen) > len(words & rival) or usual.count(key, name, other) > usual.count(key, other, name)
 
 
 def _telling(key: str) -> frozenset[str]:

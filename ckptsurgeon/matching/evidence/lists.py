@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -56,19 +56,20 @@ def skips(side: Iterable[str], head: str) -> bool:
 
 
 def in_each_longest_rise(values: Sequence[int]) -> set[int]:
-    """The values that every longest rising part of a sequence has (Schensted 1961)."""
+    """The places that every longest part of a sequence has that does not fall (Schensted 1961)."""
     before, behind = _rise_to(values), _rise_to([-value for value in reversed(values)])[::-1]
     longest = max(before, default=0)
     places = Counter(rise for rise, rest in zip(before, behind, strict=True) if rise + rest - 1 == longest)
-    return {value for value, rise, rest in zip(values, before, behind, strict=True) if rise + rest - 1 == longest and places[rise] == 1}
+    rows = enumerate(zip(before, behind, strict=True))
+    return {at for at, (rise, rest) in rows if rise + rest - 1 == longest and places[rise] == 1}
 
 
 def _rise_to(values: Sequence[int]) -> list[int]:
-    """How long the longest rising part is that ends at each value."""
+    """How long the longest part is that does not fall and ends at each value."""
     ends: list[int] = []
     lengths = []
     for value in values:
-        at = bisect_left(ends, value)
+        at = bisect_right(ends, value)
         ends[at : at + 1] = [value]
         lengths.append(at + 1)
     return lengths
@@ -94,6 +95,14 @@ def all_alike(members: Members) -> bool:
     """Whether the members of a numbered list are several, and hold the same."""
     first = next(iter(members.values()), None)
     return len(members) > 1 and all(contents == first for contents in members.values())
+
+
+def nothing_tells(first: Members, second: Members) -> bool:
+    """Whether the members of one of two lists hold the same, and the other's would, had they all that one of them has."""
+    sides = ((first, second), (second, first))
+    return any(
+        all_alike(one) and (all_alike(other) or len(set.union(*other.values())) == len(next(iter(one.values())))) for one, other in sides
+    )
 
 
 def mirrored(key: str, head: str, numbers: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from ckptsurgeon.matching.evidence.distinguish import (
     nearness,
     ordinals,
     other_roles,
+    places_by_number,
     ranks,
     slots,
     spelt,
@@ -105,6 +106,8 @@ class Table:
             self.ordinals = (None, None)
         self.places = tuple(ranks([node.at for node in nodes]) for nodes in (sources, targets))
         self.even = len(sources) == len(targets)
+        if skipping := places_by_number(sources, targets):
+            self.ordinals = self.places = skipping
         self.families = tuple(in_family(nodes) for nodes in (sources, targets))
         self.slots = slots(sources, targets, anchors) if clues.ordered else None
         self.nearness = [(nearness(sources, source), nearness(targets, target)) for source, target in anchors]

@@ -97,11 +97,8 @@ class Support:
     def _word(self, source_key: str, target_key: str) -> bool:
         """A word that not every name has, on both sides."""
         shared = implied(concepts(source_key)) & implied(concepts(target_key))
-        alone = (
-            {"proj", "linear"}
-            if len({*self.source[source_key].shape}) > 1 and self.source[source_key].shape == self.target[target_key].shape
-            else set()
-        )
+        one_shape = len({*self.source[source_key].shape}) > 1 and self.source[source_key].shape == self.target[target_key].shape
+        alone = {"proj", "linear"} if one_shape and not _of_two(source_key, target_key) else set()
         return any(not word.startswith("#") for word in shared - (SAYS_NOTHING - alone))
 
     def _renamed(self, source_key: str, target_key: str) -> bool:
@@ -335,6 +332,13 @@ class Support:
 _TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
 _ADDED = {"adapter", "adapters", "lora", "prompt", "prompts", "ia3", "prefix"}  # what is put into a model to be trained anew
 _KIND = {"head", "pool", "lm", "mask"}
+
+
+def _of_two(source_key: str, target_key: str) -> bool:
+    """Whether two layers are called after two things: `final_proj` and `speaker_proj`."""
+    own = [frozenset(_words(module_of(key).split(".")[-1:])) - SAYS_NOTHING for key in (source_key, target_key)]
+    words = [frozenset(word for word in side if word[0] != "#") for side in own]
+    return all(words) and words[0].isdisjoint(words[1]) and not abbreviated(*words)
 
 
 def _barred(source_key: str, target_key: str) -> bool:

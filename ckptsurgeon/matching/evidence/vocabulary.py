@@ -56,7 +56,10 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"(up|down)convs?", r"\1.conv"),
     (r"(lm_head|predictions|mlm_head|mlm)\.decoder", "head.lm"),
     (r"generator(\.proj)?(?=(\.(weight|bias))?$)", "head.lm"),  # as a layer, not as a part of a model
-    (r"lm_head|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?|(word_)?embeddings?_for_head", "head.lm"),
+    (
+        r"lm_head|vocab_proj(ector|ection)?|unembed(ding)?|output_projection|proj_out_vocab|embed_out|output_embeddings?|(word_)?embeddings?_for_head",
+        "head.lm",
+    ),
     (
         r"down_?sample|shortcut|skip|identity_conv|residual_conv|nin_shortcut|conv_shortcut|skip_connection|proj_conv_shortcut|res_?conv|identity",
         "shortcut",

@@ -22,6 +22,7 @@ _CUT = re.compile(
     rf"(?P<before>(?:transpose \| )?)(?P<flat>(?:{_FLAT} \| )?)(?P<how>chunk|concat)\(dim=(?P<dim>\d)\)"
     r"(?P<after>(?: \| transpose)?)(?P<last>(?: \| reshape)?)"
 )
+_SOME = re.compile(r"chunk\((of=3, parts=\[\d, \d\])\)")
 _TURN, _GROUP, _HEAD = "in turn", "each group's together", "each head's together"
 
 
@@ -29,6 +30,8 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a link between a fused matrix, or its bias, and its parts or another such."""
     if len(link.sources) == len(link.targets) == 1:
         return _whole(link, sides)
+    if _SOME.fullmatch(link.op):
+        return _some(link, sides)
     wholes, parts = (link.sources, link.targets) if len(link.sources) == 1 else (link.targets, link.sources)
     names = [own_concepts(part) & {"q", "k", "v"} for part in parts]
     cut = _CUT.fullmatch(link.op)
@@ -37,6 +40,18 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     if _is_in_turn((word(wholes[0]),), sides):
         return ()
     return _parted(link, sides, wholes[0], cut)
+
+
+def _some(link: Link, sides: Sides) -> Sequence[Layout]:
+    """The layouts of a fused bias of which the target has two parts: those of the matrix beside it."""
+    whole = any("qkv" in own_concepts(key) for key in _beside(sides, link.targets[0]))
+    if whole or _is_in_turn((word(link.sources[0]),), sides):
+        return ()
+    size = sides.target.tensors[link.targets[0]].shape[0]
+    heads = heads_text(sides, (link.sources[0], link.targets[0]), size, size)
+    some = _SOME.sub(r"chunk(dim=1, \1)", link.op)
+    by_head = Layout(KIND, _HEAD, link.sources, link.targets, f"reshape(shape=[{heads}, 3, -1]) | {some} | reshape")
+    return Layout(KIND, _TURN, link.sources, link.targets, link.op), by_head
 
 
 def _is_in_turn(names: Sequence[str], sides: Sides) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptsurgeon.matching.module_tree import Node
+from ckptsurgeon.matching.module_tree import Node, module_of
 from ckptsurgeon.matching.pairing import Laid
-from ckptsurgeon.planning.links import ENOUGH
+from ckptsurgeon.planning.links import ENOUGH, Link
+from ckptsurgeon.tensors import TensorMeta
 
 
 def between(units: Sequence[Laid], source: Node, target: Node, trust: float) -> list[Laid]:
@@ -49,6 +50,24 @@ def strayed(units: Sequence[Laid], behind: Mapping[int, Node]) -> list[Laid]:
         else laid
         for laid in units
     ]
+
+
+def counted(links: Sequence[Link], source: Mapping[str, TensorMeta]) -> list[Link]:
+    """The links, where a norm's count of batches goes where its running statistics do: it has no shape of its own."""
+    homes = {
+        module_of(link.targets[0]): link
+        for link in links
+        if len(link.sources) == len(link.targets) == 1 and link.targets[0].endswith(".running_var")
+    }
+
+    def followed(link: Link) -> Link:
+        norm = homes.get(module_of(link.targets[0])) if link.targets[0].endswith(".num_batches_tracked") else None
+        key = f"{module_of(norm.sources[0])}.num_batches_tracked" if norm else ""
+        if norm is None or key not in source or link.sources == (key,):
+            return link
+        return replace(link, sources=(key,), margin=norm.margin, evidence=("of the same norm",), runner_up="")
+
+    return [followed(link) for link in links]
 
 
 def _single(laid: Laid) -> bool:

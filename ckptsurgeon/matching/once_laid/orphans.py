@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptsurgeon.matching.evidence.support import OF_BOTH
-from ckptsurgeon.matching.evidence.vocabulary import KIND_WORDS, concepts, conflict
+from ckptsurgeon.matching.evidence.vocabulary import KIND_WORDS, SAYS_NOTHING, concepts, conflict
 from ckptsurgeon.matching.module_tree import Shape, is_float, module_of, squeezed
 from ckptsurgeon.matching.pairing import Record
 from ckptsurgeon.planning.links import ENOUGH, Link
@@ -93,25 +93,35 @@ def _excluded(source_key: str, target_key: str) -> bool:
 
 
 def cut_biases(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
-    """Biases of queries, keys and values in one vector, beside a matrix that goes over whole, of which the target has some as tensors."""
+    """Biases of queries, keys and values in one vector, of which the target has some as tensors, beside a matrix that goes over whole, or
+    is cut into the weights of the three."""
     used, reached = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
-    whole = {link.sources[0]: link for link in links if link.clear and not link.op and len(link.sources) == len(link.targets) == 1}
+    matrices = {link.sources[0]: link for link in links if link.clear and len(link.sources) == 1 and link.op in ("", "chunk(dim=0)")}
     beside: dict[tuple[str, str], list[str]] = {}
     for name, tensor in target.items():
-        part = set(concepts(name.rpartition(".")[2])) & set(_QKV)
+        part = set(concepts(name.rpartition(".")[2])) & set(_QKV) or set(concepts(module_of(name).rpartition(".")[2])) & set(_QKV)
         if name not in reached and len(tensor.shape) == len(part) == 1 and name.endswith("bias"):
-            beside.setdefault((name.rpartition(".")[0], part.pop()), []).append(name)
+            own = module_of(name) if name.endswith(".bias") else name
+            beside.setdefault((module_of(own), part.pop()), []).append(name)
     cut = []
     for key, tensor in source.items() if beside else ():
-        matrix = whole.get(f"{key.removesuffix('bias')}weight") if key not in used and key.endswith(".bias") else None
-        if matrix is None or len(tensor.shape) != 1 or any(name.split(".")[-2:-1] != ["qkv"] for name in (key, *matrix.targets)):
+        matrix = matrices.get(f"{module_of(key)}.weight") if key not in used and key.endswith(".bias") else None
+        if matrix is None or len(tensor.shape) != 1 or not _qkv(matrix):
             continue
-        around = matrix.targets[0].rpartition(".")[0].rpartition(".")[0]
+        around = module_of(module_of(matrix.targets[0]))
         parts = {at: beside[around, word][0] for at, word in enumerate(_QKV) if len(beside.get((around, word), ())) == 1}
         if len(parts) == 2 and all(3 * target[name].shape[0] == tensor.shape[0] for name in parts.values()):
             words = "parts of the bias beside the same matrix; the target has no third"
             cut.append(Link((key,), tuple(parts.values()), f"chunk(of=3, parts={list(parts)})", matrix.margin, (words,)))
     return cut
+
+
+def _qkv(matrix: Link) -> bool:
+    """Whether a link is of queries, keys and values in one matrix: whole on both sides, or cut into the three."""
+    names = [set(concepts(module_of(name).rpartition(".")[2])) for name in (*matrix.sources, *matrix.targets)]
+    return (
+        all("qkv" in words for words in names) if not matrix.op else [words & {*_QKV} for words in names[1:]] == [{word} for word in _QKV]
+    )
 
 
 def _below(tensors: Iterable[TensorMeta]) -> dict[str, list[TensorMeta]]:
@@ -170,7 +180,9 @@ class _Candidates:
 
 
 def _words_below(tensor: TensorMeta, path: str) -> tuple[str, ...]:
-    return concepts(tensor.name[len(path) :].lstrip("."))
+    """The words of a tensor's name below a module; where others are among them, not those that say nothing."""
+    words = concepts(tensor.name[len(path) :].lstrip("."))
+    return (*([word for word in words[:-1] if word not in SAYS_NOTHING] or words[:-1]), *words[-1:])
 
 
 def _named(source: TensorMeta, target: TensorMeta, here: str, there: str) -> bool:

@@ -14,6 +14,7 @@ from math import inf
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict
 from ckptsurgeon.matching.module_tree import ROLES, Shape, fold, module_of, squeezed
 from ckptsurgeon.matching.pairing import Record
+from ckptsurgeon.matching.turning import TURN
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -21,7 +22,46 @@ Tensors = Mapping[str, TensorMeta]
 _KINDS = {"conv", "norm", "attn", "mlp", "first", "second", "final", "encoder", "decoder"}  # what many layers are called
 _MEMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")  # a number that is a whole part
 # An output layer is often the embedding itself: what the two are called.
+_NO_TOKENS = {"pos", "tokentype", "time", "cls", "mlp", "patch"}  # tables of something else
+ONE = "the source has one embedding of that shape"
 _EMBEDS, _HEADS = {"embed", "tok", "shared"}, {"head", "embed", "out", "tok", "shared", "decoder", "lm"}
+
+
+def one_embedding(links: Sequence[Link], source: Tensors, target: Tensors) -> list[Link]:
+    """The links, where all tensors of the target that are called embeddings, and have the shape of the source's only one, are that one.
+
+    Output layers among them are the source's output layer, if it has one.
+    """
+    told = {name for link in links if link.clear for name in link.targets}
+    found: dict[str, Link] = {}
+    for shape in {tensor.shape for key, tensor in source.items() if len(tensor.shape) == 2 and _EMBEDS & _near(key)}:
+        keys, names = ([key for key, tensor in side.items() if sorted(tensor.shape) == sorted(shape)] for side in (source, target))
+        if len(names) < 2 or not all(map(_of_tokens, (keys, names))):
+            continue
+        heads, own_heads = (list(filter(_is_head, side)) for side in (keys, names))
+        embeddings = [key for key in keys if key not in heads]
+        if any(target[name].shape != shape for name in names if name not in own_heads):
+            continue
+        for name in names:
+            one = (name in own_heads and heads) or embeddings
+            if len(one) == 1 and name not in told:
+                found[name] = Link((one[0],), (name,), "" if target[name].shape == source[one[0]].shape else TURN, ENOUGH, (ONE,))
+    return [link for link in links if found.keys().isdisjoint(link.targets)] + [*found.values()]
+
+
+def _of_tokens(keys: Sequence[str]) -> bool:
+    """Whether all keys are called embeddings of tokens, or output layers, and one the former."""
+    words = [_near(key) for key in keys]
+    return all(_HEADS & own and not _NO_TOKENS & own for own in words) and any(_EMBEDS & own for own in words)
+
+
+def _is_head(key: str) -> bool:
+    return bool({"head", "lm", "out"} & _near(key))
+
+
+def _near(key: str) -> set[str]:
+    """The words of the last modules around a tensor: a whole model may be called after its head."""
+    return set(concepts(".".join(key.split(".")[-3:])))
 
 
 def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tensors) -> list[Link]:
@@ -41,7 +81,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
     lost = tuple(f"{node.path}." for node in record.lost)
     tied = []
     for key, tensor in target.items():
-        owner = owners.get(tensor.shape)
+        owner = owners.get(tensor.shape) or (_turned(owners.get(tensor.shape[::-1])) if len(tensor.shape) == 2 else None)
         if key in reached or owner is None or not squeezed(tensor.shape) or key.startswith(lost):
             continue
         once = names.get(tuple(sorted(tensor.shape)), [])
@@ -51,6 +91,11 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
         if not lacked and used.issuperset(once) and (len(once) == 1 or _one_embedding(once)):
             tied += _shared(key, tensor, _of_embeddings(owner, once), len(once) == 1)
     return tied
+
+
+def _turned(owner: Link | None) -> Link | None:
+    """The link, of the same matrix turned: an output layer that is `x @ w`; for no other is there one."""
+    return replace(owner, op=TURN) if owner is not None and not owner.op else None
 
 
 def _lists(side: Tensors) -> Counter[str]:

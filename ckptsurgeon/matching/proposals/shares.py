@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from math import inf
 
 from ckptsurgeon.matching.evidence.roles import PLACES, STEM, role_of
-from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts
+from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, implied
 from ckptsurgeon.matching.layouts.sides import Side, Sides
-from ckptsurgeon.matching.module_tree import around, is_float
+from ckptsurgeon.matching.module_tree import around, fold, is_float
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
@@ -26,6 +26,7 @@ _BLOCKS = 4  # of a numbered list, from which on it tells that a model is anothe
 _PART = 0.2  # of a side's elements, from which on a list of it tells
 _BARE = 0.25  # of a block's tensors, below which it has no partner
 _KINDS = {"conv", "norm", "relpos", "pos"}  # words of a block that say little, or of tables that have the size of the input
+_BUFFERS = {"running", "mask", "index", "ids", "inv", "freq", "freqs", "coords", "buffer", "tracked"}  # words of what is computed
 _MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
 NEARLY_ALL = 0.8  # the same between two namings, uncertain links included
 Tensors = Mapping[str, TensorMeta]
@@ -49,7 +50,7 @@ def share_of(done: Collection[str], side: Tensors) -> float:
     )
 
 
-def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, target: Tensors) -> str:
+def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors) -> str:
     """Why two sides are no two implementations of one model; empty where they may be.
 
     Args:
@@ -84,7 +85,10 @@ def unlike(taken: Collection[str], reached: Collection[str], source: Tensors, ta
     fits = any(key in done for (done, _), keys in zip(sides, inputs, strict=True) for key in keys)
     deeper = "" if fits or not all(inputs) else _deeper(taken, source, ", and what reads the input is of another size")
     return (
-        deeper or _deeper(reached, target, ": the target is deeper") or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
+        deeper
+        or _deeper(reached, target, ": the target is deeper")
+        or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
+        or _other_parts(_left_in_every_block(*sides[0]), _left_in_every_block(*sides[1]), *sides)
     )
 
 
@@ -149,6 +153,31 @@ def _other_sizes(left: _Left, other_left: _Left) -> str:
         return ""
     first, second = (next(iter(some[words].values())) for some in (left, other_left))
     return f"{first} and {second} are of other sizes, in blocks of which the rest goes together"
+
+
+def _left_in_every_block(done: Set[str], side: Tensors) -> dict[str, TensorMeta]:
+    """The tensors without a partner that no block has one for, in blocks of which other tensors have one; a buffer may be made anew."""
+    torn = {around(key, _MEMBER) for key in done}
+    every: dict[str, list[str]] = {}
+    for key in side:
+        if around(key, _MEMBER) in torn and not _BUFFERS & {*concepts(key.rpartition(".")[2])}:
+            every.setdefault(fold(key), []).append(key)
+    return {key: side[key] for keys in every.values() if len(keys) > 1 and done.isdisjoint(keys) for key in keys}
+
+
+def _other_parts(left: Tensors, other_left: Tensors, *sides: tuple[Set[str], Tensors]) -> str:
+    """Tensors that each block of the one side has and no block of the other, and the reverse, that are called after other things than the
+    rest of their block, and these after other things than those; parts that are cut otherwise have as many elements."""
+    words = [_inside(some) - _inside(done) - SAYS_NOTHING for some, (done, _) in zip((left, other_left), sides, strict=True)]
+    sizes = [sum(tensor.numel for tensor in some.values()) for some in (left, other_left)]
+    if not all(words) or words[0] & words[1] or sizes[0] == sizes[1]:
+        return ""
+    return f"{next(iter(left))} and {next(iter(other_left))} are parts that each block of one side has, and none of the other"
+
+
+def _inside(keys: Iterable[str]) -> set[str]:
+    """The words of names behind the blocks that they are in."""
+    return {word for tail in {key[len(around(key, _MEMBER)) :] for key in keys} for word in implied(concepts(tail)) if word[0] != "#"}
 
 
 def _torn(names: Mapping[str, str], source: Tensors, target: Tensors, taken: Collection[str], reached: Collection[str]) -> str:
