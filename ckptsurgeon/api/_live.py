@@ -156,8 +156,8 @@ def _values(run: _Run, steps: Sequence[Step]) -> dict[str, Value]:
 
 def _into_sharded_model(run: _Run, ranks: Ranks, undo: ExitStack, held: list[BaseException]) -> IntoModel:
     """Prepare a transfer into a model with sharded tensors: each rank reads its own blocks."""
+    from ckptsurgeon.models.sharded import load as sharded
     from ckptsurgeon.models.sharded import meta, prepare
-    from ckptsurgeon.models.sharded import put as sharded
 
     plan, model = run.plan, run.model
     with ranks.step():
@@ -342,8 +342,8 @@ def initialize_fresh(model: nn.Module, source: Any, scheme: Any, seed: int, note
     if not any(map(is_sharded, (*model.parameters(), *model.buffers()))):
         with ranks.step():
             return initialize.initialize(model, _record(source), scheme, seed=seed, note=note)
-    from ckptsurgeon.models.sharded.plain_layer import plain_layer
     from ckptsurgeon.models.sharded.planner import spread, whole
+    from ckptsurgeon.models.sharded.prepare import plain_layer
 
     with ranks.step():
         record = _record(source)

@@ -16,6 +16,7 @@ from ckptsurgeon.matching.evidence.crossed import exchangeable
 from ckptsurgeon.matching.evidence.facts import Facts, Tensors
 from ckptsurgeon.matching.evidence.lacking import stand_ins
 from ckptsurgeon.matching.evidence.lists import (
+    across,
     by_lists,
     in_each_longest_rise,
     members_of,
@@ -26,7 +27,6 @@ from ckptsurgeon.matching.evidence.lists import (
     rises,
     skips,
 )
-from ckptsurgeon.matching.evidence.monotone import across
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import MEMBER, fold, module_of, squeezed

@@ -18,10 +18,10 @@ from ckptsurgeon.errors import VerificationError
 from ckptsurgeon.formats.layout import WEIGHTS, Stored
 from ckptsurgeon.progress import Advance, nobody
 from ckptsurgeon.storage import copying
-from ckptsurgeon.storage.crc import append
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import runs
+from ckptsurgeon.streaming.checksums import append
 from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader

@@ -15,11 +15,11 @@ from ckptsurgeon.formats.layout import WEIGHTS, Layout, OutFile, OutTensor, Slot
 from ckptsurgeon.progress import Advance, Share, nobody, phase
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage import copying
-from ckptsurgeon.storage.crc import append
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.local import LocalFile
 from ckptsurgeon.storage.pieces import merged
 from ckptsurgeon.streaming.atomic import Temporary
+from ckptsurgeon.streaming.checksums import append
 from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ckptsurgeon as cs
-from ckptsurgeon.models.training import staging
+from ckptsurgeon.models.training import transfer as staging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from pairs_support import meta
 
-from ckptsurgeon.matching.evidence.monotone import across
+from ckptsurgeon.matching.evidence.lists import across
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.matching.proposals.shares import unlike
 from ckptsurgeon.planning.links import Link

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsurgeon.models.training import staging
+from ckptsurgeon.models.training import transfer as staging
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import examples
 
-from ckptsurgeon.storage.crc import append, combine
+from ckptsurgeon.streaming.checksums import append, combine
 
 CRCS = st.integers(0, 0xFFFFFFFF)
 LENGTHS = st.integers(0, 1 << 42)

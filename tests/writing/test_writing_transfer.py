@@ -18,8 +18,7 @@ from writing_support import environment
 
 import ckptsurgeon as cs
 from ckptsurgeon.errors import CheckpointError, StaleError, UnreadableError
-from ckptsurgeon.models.training.staging import Stage
-from ckptsurgeon.models.training.transfer import InFile
+from ckptsurgeon.models.training.transfer import InFile, Stage
 from ckptsurgeon.storage import copying
 from ckptsurgeon.streaming import in_threads
 from ckptsurgeon.streaming.reading import Read, Reader

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptsurgeon.adapters.combining.groups import groups, joined_ranges
 from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, same_op, signed, whole
-from ckptsurgeon.adapters.shapes import bounded, from_front, need, refused
+from ckptsurgeon.adapters.shapes import bounded, from_front, groups, joined_ranges, need, refused
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:

@@ -17,8 +17,7 @@ from ckptsurgeon.formats.pickle.unpickled import Claims, Unpacked, refusal, tens
 from ckptsurgeon.formats.pickle.values import StorageRef, TensorRef
 from ckptsurgeon.formats.torch.zip import unpack
 from ckptsurgeon.formats.zip_directory import read_directory
-from ckptsurgeon.storage.files import OpenFile
-from ckptsurgeon.storage.window import Window
+from ckptsurgeon.storage.files import OpenFile, Window
 from ckptsurgeon.tensors import Record, Refused, Span, TensorMeta
 
 _TEMPLATES = 8  # at most, for one length

@@ -25,10 +25,9 @@ from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
 from ckptsurgeon.formats.provenance import RECORD, parse_provenance
 from ckptsurgeon.formats.zip_directory import read_directory
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
-from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.files import OpenFile, Window
 from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import tiled
-from ckptsurgeon.storage.window import Window
 from ckptsurgeon.tensors import Archive, FileStamp, Piece, Refused, Span, TensorMeta, contiguous_stride
 
 METADATA = ".metadata"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ckptsurgeon.rules.drafting.drafts import Draft
+from ckptsurgeon.rules.drafting.numbers import plain, segments
 from ckptsurgeon.rules.drafting.rows import Row
-from ckptsurgeon.rules.drafting.segments import plain, segments
 
 Path = tuple[str, ...]
 Called = tuple[Path, ...]  # what a node is called: one path for each of several results

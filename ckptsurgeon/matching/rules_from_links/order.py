@@ -11,8 +11,8 @@ from heapq import heappop, heappush
 
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
+from ckptsurgeon.rules.drafting.numbers import is_open
 from ckptsurgeon.rules.drafting.rows import Line, literal
-from ckptsurgeon.rules.drafting.segments import is_open
 
 Destinations = Mapping[str, tuple[str, ...] | None]
 Astray = Callable[[str, Sequence[str] | None], bool]

@@ -1,14 +1,18 @@
 """Loads values into this rank's parts of a model by one `dcp.load` with our own reader. torch plans the load and gathers the errors.
 
 The reader presents every tensor as one chunk with the target's name. The ranks exchange only plans and errors.
+
+Each rank fills its own parts (`put`, the counterpart of `training.transfer`): all decisions are in the plan, and if anything is wrong
+before the first copy, no rank copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint import state_dict_loader as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -17,11 +21,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckptsurgeon.errors import CheckpointError
+from ckptsurgeon.errors import CheckpointError, ModelError
 from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.sharded.planner import parts_of, whole_tensors
+from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Value
+from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
+from ckptsurgeon.models.target.sharding import local
+from ckptsurgeon.models.training.transfer import check_writable, reset_extra, set_extra
+from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.progress import Held, phase
+from ckptsurgeon.streaming.signals import undisturbed
 
 
 def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held = None) -> None:
@@ -103,3 +113,50 @@ def _cause(error: CheckpointException, reader: _Blocks) -> BaseException:
         failure.problems = shortened([f"{key}: has its new value" for key in dict.fromkeys(reader.done)])
         failure.hint = "transfer again when the file is whole, or build the model anew"
     return failure
+
+
+_BEFORE = "transfer into the model before it is sharded"
+
+
+def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """ModelError for a model whose own loading code would have to run, or whose state_dict does not share its memory."""
+    loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+    if loaders or plan.handed or any(step.action == "load" for step in plan.steps):
+        path, loader = next(iter(loaders.items()), ("", None))
+        kind = type(model).__name__ if loader is None else loader.name
+        raise ModelError(f"has loading code of its own ({kind}), which can't run on sharded tensors", key=path or None, hint=_BEFORE)
+    own = {storage_of(tensor) for tensor in tensors_of(model)}
+    copies = [key for key, tensor in state.items() if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in own]
+    if copies:
+        raise ModelError("is a copy that a hook of the state_dict made, not the model's own memory", key=copies[0], hint=_BEFORE)
+
+
+def put(
+    model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks, held: Held = None
+) -> None:
+    """Load the values into the model, in place. All ranks must call this together. An interrupt waits until this rank's parts are complete.
+
+    Args:
+        state: the model's state_dict.
+        values: by key; of tied keys only the first.
+        extra: values that are not tensors, by key.
+        held: collects what a progress callback raises.
+
+    Raises: UnreadableError, StaleError: a file fails or shrinks while it is read, on this rank or another. Only then the model may hold old
+        and new values.
+    """
+    name = type(model).__name__
+    with undisturbed(), torch.no_grad():
+        with ranks.step():
+            set_extra(model, state, extra, name)
+        try:
+            load(state, values, held)
+        except BaseException:
+            reset_extra(model, state, extra, name)
+            raise
+
+
+def refuse_unwritable(state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """ModelError for a tensor that can't be written to in place."""
+    for key in keys:
+        check_writable(key, local(state[key]))

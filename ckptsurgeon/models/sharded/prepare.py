@@ -2,10 +2,13 @@
 
 Before anything is changed, each value is either known to be in open files, within their bounds, or in memory as this rank's blocks, and the
 casts' losses are counted. If a value needs a whole sharded tensor, all ranks gather it together, in the plan's order.
+
+`plain_layer` is an unsharded copy of a layer: its class without FSDP's, whole parameters without values, no hooks.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,11 +23,10 @@ from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.schemes import KEEP, concrete
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.sharded.blocks import Part, narrowed
-from ckptsurgeon.models.sharded.plain_layer import plain_layer
 from ckptsurgeon.models.sharded.planner import own_parts, whole
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Ready, Stored, Value
-from ckptsurgeon.models.target.sharding import is_sharded
+from ckptsurgeon.models.target.sharding import is_sharded, own_class
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.progress import nobody, phase
 from ckptsurgeon.report import Cast
@@ -265,3 +267,36 @@ def _of_runs(step: Step, dtype: str, ranges: Iterable[Span]) -> TensorMeta:
         pieces.append(Piece(span, (start,), (count,), (1,)))
         start += count
     return TensorMeta(step.target, dtype, step.shape, contiguous_stride(step.shape), None, tuple(pieces))
+
+
+def plain_layer(module: nn.Module) -> nn.Module:
+    """The module itself if none of its tensors is sharded; else a copy of it and its submodules, with whole tensors on meta for the sharded
+    ones. Other attributes are shared. The module is unchanged.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> plain_layer(layer) is layer
+    True
+    """
+    if not any(is_sharded(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    return _copied(module)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    kind: Any = own_class(module)
+    copy: nn.Module = kind.__new__(kind)
+    attributes = {
+        name: OrderedDict() if isinstance(value, OrderedDict) and "hooks" in name else value for name, value in vars(module).items()
+    }
+    attributes["_parameters"] = {name: _whole(tensor) for name, tensor in module._parameters.items()}
+    attributes["_buffers"] = {name: _whole(tensor) for name, tensor in module._buffers.items()}
+    attributes["_modules"] = {name: None if child is None else _copied(child) for name, child in module._modules.items()}
+    vars(copy).update(attributes)
+    return copy
+
+
+def _whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None or not is_sharded(tensor):
+        return tensor
+    whole = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole

@@ -3,14 +3,19 @@
 The plan decides which value goes where. Values come through `fetch`, so nothing here opens a file. A value in a file is read directly into
 the model's memory, without a memory map: a mapped file that shrinks would kill the process. Keys that a module's own loading code can reach
 go through torch's `load_state_dict` first, all or nothing.
+
+To a CUDA device values go through two page-locked buffers: while one is copied, the other is filled, again only when the copy out of it has
+ended; all copies have ended when the block ends.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,13 +32,13 @@ from ckptsurgeon.models.own_loading.snapshot import Undo
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of
-from ckptsurgeon.models.training.staging import Stage
 from ckptsurgeon.planning.plan_types import Plan, resolved
 from ckptsurgeon.progress import Held, phase
+from ckptsurgeon.storage.copying import BUFFER
 from ckptsurgeon.streaming.in_threads import in_threads
 from ckptsurgeon.streaming.reading import Read, Reader
 from ckptsurgeon.streaming.signals import undisturbed
-from ckptsurgeon.streaming.values import tensor_from
+from ckptsurgeon.streaming.values import Buffer, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 _EXTRA = "_extra_state"
@@ -265,3 +270,51 @@ def _shares_memory_with_itself(tensor: torch.Tensor) -> bool:
             return len(set(places.flatten().tolist())) < tensor.numel()
         reach += (size - 1) * step
     return False
+
+
+BUFFERS = 2
+
+
+class Stage:
+    """The buffers, in the order of their use, each with the event behind the last copy out of it. They are made when first needed."""
+
+    def __init__(self) -> None:
+        self._turns: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._turns:
+            _wait(self._turns.popleft()[1])
+
+    def copy(self, parts: Iterable[Buffer], tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor on a CUDA device with its bytes, which come in parts."""
+        if not self._turns:
+            self._turns.extend((_page_locked(BUFFER), None) for _ in range(BUFFERS))
+        done, flat = 0, tensor.view(-1).view(torch.uint8)
+        for part in parts:
+            for piece in torch.split(tensor_from(part, "U8"), BUFFER):
+                buffer, copied = self._turns.popleft()
+                _wait(copied)
+                filled = buffer[: len(piece)].copy_(piece)
+                self._turns.append((buffer, _handed_over(filled, flat[done : done + len(piece)])))
+                done += len(piece)
+        assert done == len(flat)
+
+
+def _page_locked(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _handed_over(filled: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
+    """The event behind a copy that the device does later."""
+    target.copy_(filled, non_blocking=True)
+    copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(target.device))
+    return copied
+
+
+def _wait(copied: torch.cuda.Event | None) -> None:
+    if copied is not None:
+        copied.synchronize()

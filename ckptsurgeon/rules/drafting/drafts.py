@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptsurgeon.rules.drafting.numbers import segments
 from ckptsurgeon.rules.drafting.rows import Line, Row
-from ckptsurgeon.rules.drafting.segments import segments
 from ckptsurgeon.rules.patterns import Pattern, literal, unescaped
 from ckptsurgeon.rules.rules import CompiledRule, Rule, compile_rule
 from ckptsurgeon.rules.templates import expand

@@ -2,6 +2,8 @@
 
 Rule: a target's number is constant, or it is computed from a source's numbers as a rename can do it (`{i+1}`, `{2*i}`, `{i//2}`,
 `{2*i+j}`). A form must hold for every row.
+
+Dots within braces (`{i=0..90..3}`) don't end a segment of a pattern.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+from ckptsurgeon.rules.patterns import without_escapes
 
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 _MOST_STEPS = 8  # the largest factor or divisor
@@ -118,3 +122,38 @@ def fit_two(rows: Collection[tuple[tuple[int, ...], int]], slots: Collection[int
             if all(form(numbers) == result for numbers, result in rows):
                 return form
     return None
+
+
+_TOKEN = re.compile(r"[^.\\{]+|\\.|\{[^{}]*\}|.", re.DOTALL)
+_CHOICES = re.compile(r"(\\.)|(\{[A-Za-z_][A-Za-z0-9_]*)=[^{}]*(?=\})", re.DOTALL)
+
+
+def segments(pattern: str) -> list[str]:
+    """The texts between dots, except for dots in braces.
+
+    >>> segments("layers.{i=0..90..3}.attn.{p}")
+    ['layers', '{i=0..90..3}', 'attn', '{p}']
+    """
+    if "{" not in pattern:
+        return pattern.split(".")
+    texts = [""]
+    for token in _TOKEN.findall(pattern):
+        if token == ".":
+            texts.append("")
+        else:
+            texts[-1] += token
+    return texts
+
+
+def plain(segment: str) -> str:
+    """A segment as a result writes it: without the choices of its parts.
+
+    >>> plain("h{i=0,4,9}")
+    'h{i}'
+    """
+    return _CHOICES.sub(r"\1\2", segment) if "=" in segment else segment
+
+
+def is_open(pattern: str) -> bool:
+    """Whether a pattern has parts, so that it is no literal key."""
+    return "{" in without_escapes(pattern)
