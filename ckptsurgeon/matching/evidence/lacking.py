@@ -74,13 +74,13 @@ def _strangers(pairs: Mapping[str, str], side: Iterable[str]) -> Iterator[tuple[
         homes.setdefault(around(f"{here}.", _MEMBER), Counter())[around(f"{there}.", _MEMBER)] += 1
     members = Counter(map(_listed, side))
     for kind, inside in lists.items():
-        numbers = {key: int(key[kind.index("#") :].partition(".")[0]) for key in inside}
+        numbers = {key: int(_cut(key)[1]) for key in inside}
         kinds = Counter(map(fold, inside.values()))
         (usual, many), *_ = kinds.most_common(1)
         for key, partner in inside.items():
             home, most = homes[around(key, _MEMBER)].most_common(1)[0]
             alone = kinds[fold(partner)] == 1 < members[kind]
-            amid = kind.count(".", kind.index("#")) == 1 and min(numbers.values()) < numbers[key] < max(numbers.values())
+            amid = _cut(key)[2].count(".") == 1 and min(numbers.values()) < numbers[key] < max(numbers.values())
             if alone and amid and 1 < many == len(inside) - 1:
                 yield key, usual
             elif alone and home and most > 2 and not around(partner, _MEMBER):
@@ -186,7 +186,7 @@ class _Usual:
     """
 
     def __init__(self, links: Sequence[Link], reached: Iterable[str], target: Iterable[str]) -> None:
-        self.lengths = Counter(head for head, _ in {(_cut(name)[0], _cut(name)[1]) for name in target})
+        self.lengths = Counter(head for head, _ in {_cut(name)[:2] for name in target})
         self.blocks: dict[tuple[str, str], list[str]] = {}
         for link in links:
             if link.clear:
@@ -194,12 +194,16 @@ class _Usual:
                 for kind in {fold(name), self._numbered(name)}:
                     self.blocks.setdefault((fold(link.sources[0]), kind), []).append(_block_of(name))
         self.reached = {(_block_of(name), kind) for name in reached for kind in (fold(name), self._numbered(name))}
+        self.counts: dict[tuple[str, str, str], int] = {}
 
     def count(self, key: str, name: str, third: str) -> int:
-        kinds = [fold(name), fold(third)]
+        kinds = fold(name), fold(third)
         if kinds[0] == kinds[1]:
-            kinds = [self._numbered(name), self._numbered(third)]
-        return sum((block, kinds[1]) in self.reached for block in self.blocks.get((fold(key), kinds[0]), ()))
+            kinds = self._numbered(name), self._numbered(third)
+        asked = fold(key), *kinds
+        if asked not in self.counts:
+            self.counts[asked] = sum((block, kinds[1]) in self.reached for block in self.blocks.get(asked[:2], ()))
+        return self.counts[asked]
 
     def _numbered(self, name: str) -> str:
         head, number, rest = _cut(name)
