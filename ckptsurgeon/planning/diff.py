@@ -14,8 +14,9 @@ from ckptsurgeon.planning.legacy_names import is_counter
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.planning.own_loading.computed import Computed, find_computed
 from ckptsurgeon.planning.own_loading.conversions import Applied
-from ckptsurgeon.planning.prefixes.find import Prefix, set_aside
+from ckptsurgeon.planning.prefixes.find import Prefix
 from ckptsurgeon.planning.prefixes.rivals import NameChange, exchanges_with_rules, rivals_with_rules
+from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.planning.quantised_weights.find import Codes, find
 from ckptsurgeon.planning.resolve import Origin, find_origins, find_refused, find_unkept, kept_out, without_a_rule
 from ckptsurgeon.report import Coverage

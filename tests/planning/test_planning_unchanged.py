@@ -11,7 +11,7 @@ from ckptsurgeon.errors import CheckpointError
 from ckptsurgeon.matching.proposals import advise
 from ckptsurgeon.planning import diff
 from ckptsurgeon.planning.prefixes import find
-from ckptsurgeon.planning.prefixes.find import set_aside
+from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.rules.rules import Outside
 from ckptsurgeon.tensors import Checkpoint
 

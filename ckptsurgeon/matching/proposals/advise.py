@@ -21,7 +21,7 @@ from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.diff import Advice, Diff, Resize, compare
 from ckptsurgeon.planning.legacy_names import have_old_names
 from ckptsurgeon.planning.links import Link
-from ckptsurgeon.planning.prefixes.find import set_aside
+from ckptsurgeon.planning.prefixes.unchanged import set_aside
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.rules.rules import Outside, Rule

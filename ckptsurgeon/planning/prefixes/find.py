@@ -8,24 +8,19 @@
 - Exchanging one prefix for another is only offered, never applied.
 
 Names and shapes only.
-
-Keys that both sides have with one shape and that nothing else can concern (no rule, prefix, tie or codes) are set aside first: a million of
-them cost as much as the few others.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from operator import contains
 
 from ckptsurgeon.planning.prefixes.heads import Tensors, any_head, equal_keys, one_head, two_heads
-from ckptsurgeon.planning.quantised_weights.find import find
 from ckptsurgeon.planning.training_places import of_optimizer
-from ckptsurgeon.rules.rules import Outside, Rule
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import TensorMeta
 from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 NEAR = 0.9  # a change that makes this share of the best one's keys equal is its rival
@@ -234,30 +229,3 @@ def _candidates(source: Tensors, target: Tensors) -> Iterator[tuple[int, Prefix]
         for count, strip, add in one_head(bare, bare_target):
             if not of_optimizer((strip or add).rstrip(".")):
                 yield count, Prefix(strip, add, wrappers)
-
-
-def set_aside(
-    source: Checkpoint, target: Checkpoint, rules: Sequence[Rule], outside: Outside
-) -> tuple[Collection[str], Checkpoint, Checkpoint]:
-    """The keys that keep their names whatever becomes of the others, and both sides without them.
-
-    None where rules, the target's loading code or a library's conversions may concern any key, or another prefix may fit better.
-
-    >>> from ckptsurgeon.tensors import TensorMeta
-    >>> side = lambda path, *keys: Checkpoint(path, "safetensors", "0", {key: TensorMeta(key, "F32", (2, 3), (3, 1)) for key in keys})
-    >>> keys, source, target = set_aside(side("a", "fc1.weight", "fc2.weight"), side("b", "fc1.weight", "head.weight"), (), Outside())
-    >>> list(keys), list(source), list(target)
-    (['fc1.weight'], ['fc2.weight'], ['head.weight'])
-    """
-    if rules or outside.taken or target.naming is not None:
-        return (), source, target
-    equal = dict.fromkeys(equal_keys(source.tensors, target.tensors))
-    if not changes_nothing(source.tensors, target.tensors, equal) or find(source):
-        return (), source, target
-    for key in (*source.entries, *target.entries, *(key for group in target.ties for key in group)):
-        equal.pop(key, None)
-    return equal.keys(), _without(source, equal), _without(target, equal)
-
-
-def _without(side: Checkpoint, keys: Collection[str]) -> Checkpoint:
-    return replace(side, tensors={key: tensor for key, tensor in side.tensors.items() if key not in keys})
