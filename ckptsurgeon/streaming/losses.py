@@ -175,5 +175,7 @@ def _limit(dtype: torch.dtype) -> float:
     """The least number that no longer rounds to a float dtype's largest value."""
     import torch
 
-    info = torch.finfo(dtype)
-    return float(info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    step = float((torch.ones(1).to(dtype).view(bits) + 1).view(dtype).double()) - 1  # `finfo.eps` of F8_E5M2FNUZ is half of it
+    most = torch.finfo(dtype).max
+    return float(most + math.ldexp(step, math.frexp(most)[1] - 2))

@@ -150,7 +150,7 @@ class Table:
         if other_roles(source, target):
             parts[f"roles {AGAINST_IT}"] = 2 * AGAINST
         trust = self.clues.trust * (0.3 if self._confused(row) or self._confused(column, 1) else 1.0)
-        if trust:
+        if trust and (self.even or "numbers in the same order" not in parts):  # that the last are left out is believed once
             parts["same order"] = ORDER * trust * near(self.places[0][row], self.places[1][column], self.even)
         if self.nearness:
             apart = sum(abs(here[row] - there[column]) for here, there in self.nearness) / len(self.nearness)
