@@ -273,9 +273,20 @@ def _in_a_row(whole: Node, rows: Sequence[Sequence[Node]]) -> _Match | None:
 
 
 def _may_hold(whole: Node, parts: Sequence[Node]) -> bool:
-    """Whether parts are of one member of each list, or in more lists than their whole: a layer does not hold one part of each layer."""
+    """Whether parts are of one member of each list, or in more lists than their whole: a layer does not hold one part of each layer.
+
+    What is looked up in holds no layers.
+    """
+    if any(_is_table(part) != _is_table(whole) for part in parts):
+        return False
     members = [[part for part in unit.path.split(".") if part.isdigit()] for unit in (whole, *parts)]
     return all(parts_of == members[1] for parts_of in members[1:]) or len(members[1]) > len(members[0])
+
+
+def _is_table(unit: Node) -> bool:
+    """Whether a unit, or the list that it is of, is called after what is looked up in it."""
+    name = unit.path.rstrip(".0123456789").rpartition(".")[2]
+    return bool({"tok", "embed", "pos"} & {*concepts(name)}) and "patch" not in concepts(unit.path)
 
 
 def _list_of(unit: Node) -> str:

@@ -176,3 +176,17 @@ def test_members_that_go_to_one_are_held_against_the_order_of_the_rest() -> None
     """Two lists in one: `layers.1` goes to a part of the second member, so that two numbers go to one; a crossed pair is not certain."""
     moves = [(0, 0), (1, 1), (2, 2), (3, 1), (4, 3), (5, 3)]
     assert in_each_longest_rise([target for _, target in moves]) == {0, 1, 4, 5}
+
+
+@ORDERS
+def test_an_embedding_is_not_cut_into_the_layers_that_a_source_lacks(in_order: bool) -> None:
+    """Its vocabulary is as many rows as all queries have."""
+    names = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    shapes = {"q": (8, 8), "o": (8, 8), "up": (20, 8), "down": (8, 20)}
+    source: Rows = [("model.embed_tokens.weight", (24, 8)), ("lm_head.weight", (24, 8))]
+    source += [(f"model.layers.{at}.{name}.weight", shapes[part]) for at in range(3) for part, name in names.items() if part != "q"]
+    there = {"q": "attn.q_proj", "o": "attn.output_proj", "up": "mlp.w3", "down": "mlp.w2"}
+    target: Rows = [("tok_embeddings.weight", (24, 8)), ("output.weight", (24, 8))]
+    target += [(f"layers.{at}.{name}.weight", shapes[part]) for at in range(3) for part, name in there.items()]
+    found = {key: link.sources for link in match(*sides(source, target, in_order)).links for key in link.targets}
+    assert not [key for key, keys in found.items() if "embed_tokens" in keys[0] and key != "tok_embeddings.weight"]
