@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs_support import of_steps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,6 +74,9 @@ def made(row: dict[str, object], source: State, goal: Tensor) -> Tensor:
     op, given = str(row["op"]), [source[key] for key in row["sources"]]  # type: ignore[attr-defined]
     numbers = [int(number) for number in re.findall(r"\d+", op)]
     first = given[0]
+    chained = of_steps(op, first) if len(given) == 1 else None
+    if chained is not None:
+        return chained
     if op.startswith("permute_rows"):
         if "index" not in row:  # an order that nobody wrote down: whatever a copy is, it is wrong
             return first.roll(1, numbers[0])

@@ -129,7 +129,7 @@ _STEPS: dict[str, Callable[[torch.Tensor, list[list[int]]], torch.Tensor]] = {
 }
 
 
-def _told(told: str, value: torch.Tensor) -> torch.Tensor | None:
+def of_steps(told: str, value: torch.Tensor) -> torch.Tensor | None:
     """What the steps of a truth make of a tensor; None where they are one step, or not all can be read."""
     steps = _STEP.findall(told)
     if len(steps) < 2 or "".join(found[0] for found in _STEP.finditer(told)) != told or not {name for name, _ in steps} <= _STEPS.keys():
@@ -153,7 +153,7 @@ def _same_op(link: Link, told: str, key: str, pair: Pair) -> bool:
     """Whether a link's op is what the truth says; rows in another order are no copy."""
     if len(link.sources) == 1 and pair.source[link.sources[0]].numel < _MANY:
         value = torch.arange(pair.source[link.sources[0]].numel).reshape(pair.source[link.sources[0]].shape)
-        wanted_value = _told(told, value)
+        wanted_value = of_steps(told, value)
         if wanted_value is not None:
             goal = {name: pair.target[name].shape for name in link.targets}
             return torch.equal(made(link, link.op, link.targets.index(key), [value], goal), wanted_value)
