@@ -84,7 +84,7 @@ def _counted_otherwise(sources: Sequence[Node], targets: Sequence[Node]) -> bool
 
 
 def _varying(nodes: Sequence[Node]) -> tuple[list[bool], bool]:
-    """The numbers by which nodes differ, of each whether it is a whole part of their path; and whether another follows that all have."""
+    """Of the numbers by which nodes differ, whether each is a whole part of their path; and whether one follows that all have."""
     several = [len({*column}) > 1 for column in zip(*(node.numbers for node in nodes), strict=True)]
     return [whole for whole, differs in zip(nodes[0].whole_parts, several, strict=True) if differs], several[-1:] != [True]
 

@@ -28,7 +28,6 @@ _LAST = {
 _ROLE = re.compile(rf"[._]?({'|'.join(re.sub('[._]', '[._]?', role) for role in sorted(_LAST.values(), key=len, reverse=True))})$")
 _COPY = re.compile(r":\d{1,3}$")  # behind TensorFlow's names
 _PARAMETER = re.compile(r"(?P<module>(?:.*\.)?)(?P<mark>_?)(?P<role>[WwBb])(?:_(?P<layer>[A-Za-z0-9]\w*))?")  # `attn.W_Q`, `mlp.b_in`
-_PARAMETER_ROLES = {"w": "weight", "b": "bias"}
 _DIMS = re.compile(r"(?<=\d)_[A-Z]{2,4}$")  # a parameter's dims in its name: `w1_EFD`
 _GATE = re.compile(r"[ihx][rzifgocn]|[ihx]h", re.IGNORECASE)  # what such parameters of a recurrent cell are for
 _MOST_HEADS = 4
@@ -117,7 +116,7 @@ def _as_layers(names: Mapping[str, str]) -> dict[str, str]:
 
 def _layered(parameter: re.Match[str]) -> str:
     layer = f"{parameter['mark']}{parameter['layer']}." if parameter["layer"] else ""
-    return f"{parameter['module']}{layer}{_PARAMETER_ROLES[parameter['role'].lower()]}"
+    return f"{parameter['module']}{layer}{ROLES[parameter['role'].lower()]}"
 
 
 def unwrapped(tensors: Tensors) -> dict[str, str]:

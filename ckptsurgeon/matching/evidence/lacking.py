@@ -61,9 +61,8 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
 def _strangers(pairs: Mapping[str, str], side: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Tensors of a numbered list of one side whose partners are not of the list that the others' are of, and that list.
 
-    It is so where all others of a list of layers go with one list, and the tensor stands between two of these; or where its partner is of
-    no list, though the rest of its block goes with one, and every block has such a tensor. `pairs` has the partners by their tensor on
-    that side.
+    All others of a list of layers go with one list, and the tensor stands between two of these; or its partner is of no list, though the
+    rest of its block goes with one, and every block has such a tensor. `pairs` has the partners by that side's tensor.
     """
     lists: dict[str, dict[str, str]] = {}
     for key, partner in pairs.items():

@@ -94,7 +94,7 @@ def shared(links: Sequence[Link], record: Record, source: Tensors, target: Tenso
 
 
 def _turned(owner: Link | None) -> Link | None:
-    """The link, of the same matrix turned: an output layer that is `x @ w`; for no other is there one."""
+    """The link, of the same matrix turned: an output layer that is `x @ w`."""
     return replace(owner, op=TURN) if owner is not None and not owner.op else None
 
 

@@ -166,8 +166,8 @@ def _left_in_every_block(done: Set[str], side: Tensors) -> dict[str, TensorMeta]
 
 
 def _other_parts(left: Tensors, other_left: Tensors, *sides: tuple[Set[str], Tensors]) -> str:
-    """Tensors that each block of the one side has and no block of the other, and the reverse, that are called after other things than the
-    rest of their block, and these after other things than those; parts that are cut otherwise have as many elements."""
+    """Tensors that each block of one side has and none of the other, and the reverse, called after other things than the rest of their
+    block and than each other; parts that are cut otherwise have as many elements."""
     words = [_inside(some) - _inside(done) - SAYS_NOTHING for some, (done, _) in zip((left, other_left), sides, strict=True)]
     sizes = [sum(tensor.numel for tensor in some.values()) for some in (left, other_left)]
     if not all(words) or words[0] & words[1] or sizes[0] == sizes[1]:

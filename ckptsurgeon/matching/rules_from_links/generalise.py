@@ -15,9 +15,8 @@ from functools import cached_property
 from ckptsurgeon.adapters.table import offers
 from ckptsurgeon.command import Option
 from ckptsurgeon.errors import RuleError
-from ckptsurgeon.matching.rules_from_links.modules import renamings
+from ckptsurgeon.matching.rules_from_links.modules import line_of, renamings
 from ckptsurgeon.matching.rules_from_links.order import in_order
-from ckptsurgeon.matching.rules_from_links.parts import line_of
 from ckptsurgeon.matching.rules_from_links.replay import Results, asked_results, replay
 from ckptsurgeon.planning.apply_rules import NO_OUTSIDE
 from ckptsurgeon.planning.links import Link

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptsurgeon.errors import RuleError, printable
 from ckptsurgeon.matching.rules_from_links.generalise import Ruled
-from ckptsurgeon.matching.rules_from_links.modules import renamings
-from ckptsurgeon.matching.rules_from_links.parts import line_of
+from ckptsurgeon.matching.rules_from_links.modules import line_of, renamings
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import literal, rows
