@@ -7,7 +7,7 @@ turned as those of its kind are. JAX has the heads of an attention as a dim of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -151,7 +151,7 @@ def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
         }
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
-        fits = {key: look.shape(shape) in shapes for key, shape in weights.items()}
+        fits = {key: look.shape(shape) in shapes or (shape[0] == 1 and _fused(look.shape(shape), shapes)) for key, shape in weights.items()}
         only = sum(shape not in shapes and fits[key] for key, shape in weights.items())
         never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
         if across and look.order == (1, 0):
@@ -161,12 +161,18 @@ def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
     return looks
 
 
+def _fused(shape: Shape, parts: Set[Shape]) -> bool:
+    """Whether a matrix of this shape is queries, keys and values of these."""
+    return len(shape) == 2 and shape[0] % _MOST_PARTS == 0 and (shape[0] // _MOST_PARTS, shape[1]) in parts
+
+
 def _outputs(side: Tensors) -> set[int]:
     """The dim that outputs are along, of matrices that are not square: they have a bias of its size, or the name of a layer that goes from
     the width of the norms, or back to it; both for a side of both kinds."""
     norms = Counter(tensor.shape for key, tensor in side.items() if len(tensor.shape) == 1 and "norm" in concepts(module_of(key)))
     width = norms.most_common(1)[0][0][0] if norms else 0
     found: set[int] = set()
+    from_0 = {module_of(module_of(key)) for key in side if {"linear", "#0"} <= {*concepts(module_of(key).rpartition(".")[2])}}
     for key, tensor in side.items():
         if len(tensor.shape) != 2 or len({*tensor.shape}) == 1 or key.endswith("bias") or _table(key):
             continue
@@ -175,6 +181,7 @@ def _outputs(side: Tensors) -> set[int]:
             found.add(tensor.shape.index(bias.shape[0]))
         elif width in tensor.shape:
             words = {*concepts(module_of(key).rpartition(".")[2])}
+            words -= {"linear"} if module_of(module_of(key)) in from_0 else set()  # `linear_1` is the second
             back = any(way <= words for way in _BACK)
             if back or any(way <= words for way in _FROM):
                 found.add(tensor.shape.index(width) if back else 1 - tensor.shape.index(width))

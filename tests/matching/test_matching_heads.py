@@ -184,3 +184,36 @@ def test_a_layer_that_has_a_bias_on_one_side_alone_is_found_by_its_name(in_order
     for name, part in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
         assert found[f"h.1.attention.{name}.weight"] == f"layers.1.attn.{part}_proj.weight"
     assert "h.1.attention.query.bias" not in found
+
+
+@ORDERS
+def test_layers_that_are_counted_from_0_are_not_taken_for_the_second(in_order: bool) -> None:
+    """`linear_1` is the second where `linear_0` stands beside it: nothing is turned."""
+    shapes = {"up_proj": (WIDE, WIDTH), "down_proj": (WIDTH, WIDE)}
+    source: Rows = [(f"blocks.{at}.ffn.{name}.weight", shape) for at in range(3) for name, shape in shapes.items()]
+    target: Rows = [(f"layer_{at}.ffn.linear_{n}.weight", shape) for at in range(3) for n, shape in enumerate(shapes.values())]
+    source += [(f"blocks.{at}.norm.weight", (WIDTH,)) for at in range(3)]
+    target += [(f"layer_{at}.ffn.layer_norm.gamma", (WIDTH,)) for at in range(3)]
+    found = {key: link for link in match(*sides(source, target, in_order)).certain for key in link.targets}
+    assert {link.op for link in found.values()} == {""}
+    assert found["layer_1.ffn.linear_1.weight"].sources == ("blocks.1.ffn.down_proj.weight",)
+
+
+@ORDERS
+def test_a_fused_kernel_over_one_place_is_turned_before_it_is_cut(in_order: bool) -> None:
+    """As in OpenAI's files of GPT-2: (1, in, out), beside kernels that are told to be turned."""
+    source: Rows = []
+    target: Rows = []
+    for at in range(3):
+        kernels = {"attn.c_attn": 3 * WIDTH, "attn.c_proj": WIDTH, "mlp.c_fc": WIDE}
+        source += [row for name, out in kernels.items() for row in ((f"h{at}.{name}.w", (1, WIDTH, out)), (f"h{at}.{name}.b", (out,)))]
+        layers = {"att.q": WIDTH, "att.k": WIDTH, "att.v": WIDTH, "att.out_proj": WIDTH, "ff.0": WIDE}
+        target += [
+            row
+            for name, out in layers.items()
+            for row in ((f"blocks.{at}.{name}.weight", (out, WIDTH)), (f"blocks.{at}.{name}.bias", (out,)))
+        ]
+    here, there = sides(source, target, in_order)
+    found = {key: link for link in match(here, there).links if link.clear for key in link.targets}
+    given, result = value(found["blocks.1.att.k.weight"], "blocks.1.att.k.weight", here, there)
+    assert torch.equal(result, given[0].T.chunk(3)[1])
