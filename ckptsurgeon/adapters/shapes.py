@@ -11,6 +11,7 @@ from ckptsurgeon.errors import RuleError
 
 MOST_DIMS = 64  # torch's iterators take no more
 MOST_ELEMENTS = 1 << 58  # so that strides and bytes stay within 64 bits
+T = TypeVar("T")
 
 
 def refused(op: Op, words: str, hint: str | None = None) -> RuleError:
@@ -116,9 +117,6 @@ def part_ranges(bounds: Callable[[Op, Shape], tuple[int, int]]) -> Callable[[Op,
 def whole_ranges(_op: Op, shapes: Sequence[Shape]) -> list[list[Range]]:
     """The `ranges` of an op that only changes shapes: all elements of each tensor, in order."""
     return [[(tensor, 0, prod(shape))] for tensor, shape in enumerate(shapes)]
-
-
-T = TypeVar("T")
 
 
 def groups(op: Op, items: Sequence[T]) -> Iterator[Sequence[T]]:

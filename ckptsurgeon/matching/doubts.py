@@ -21,9 +21,9 @@ from ckptsurgeon.matching.evidence.lists import (
     in_each_longest_rise,
     members_of,
     mirrored,
+    move_of,
     moves_of,
     nothing_tells,
-    number_at,
     rises,
     skips,
 )
@@ -161,12 +161,8 @@ def _across_the_others(facts: Facts, links: Sequence[Link], here: str, there: st
     alike = Counter((fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape) for link in links)
     for link in links:
         has_peers = alike[fold(link.sources[0][len(here) :]), facts.source[link.sources[0]].shape] > 1
-        if link.clear and has_peers and _move(link, here, there) not in kept and not facts.named(link):
+        if link.clear and has_peers and move_of(link, here, there) not in kept and not facts.named(link):
             yield Doubt(link, "it stands across the order of its list")
-
-
-def _move(link: Link, here: str, there: str) -> tuple[int, int]:
-    return int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))
 
 
 def _either_direction(facts: Facts) -> _Doubts:

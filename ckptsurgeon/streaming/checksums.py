@@ -34,6 +34,9 @@ from ckptsurgeon.tensors import Archive, Checkpoint, FileStamp, Packed, Record, 
 
 _ZIP = b"PK\x03\x04"
 Within = Mapping[str, Mapping[str, Entry]]  # by a file's path, its entries by name
+_MODULUS = 0xEDB88320
+_ONE, _X8 = 1 << 31, 1 << 23  # the polynomials 1 and x ** 8, which is the shift by a byte
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -272,11 +275,6 @@ def without(spans: Iterable[Span]) -> list[Finding]:
         Finding("no-checksum", f"{count} of the storages that were read have no checksum in {file}", level="note")
         for file, count in counts.items()
     ]
-
-
-_MODULUS = 0xEDB88320
-_ONE, _X8 = 1 << 31, 1 << 23  # the polynomials 1 and x ** 8, which is the shift by a byte
-K = TypeVar("K")
 
 
 def _product(first: int, second: int) -> int:

@@ -20,6 +20,9 @@ from ckptsurgeon.tensors import TensorMeta
 Members = dict[str, set[tuple[str, tuple[int, ...]]]]
 _NUMBER = re.compile(r"\d+")
 _INDEX = re.compile(r"\d{1,9}(?=\.|$)")  # a number at the end of a part of a name
+_MOST = 32  # layers of one module that others are compared with
+_KINDS = SAYS_NOTHING | {"conv", "norm", "linear", "block"}  # words that several layers of one module may have
+Layers = tuple[str, str]  # of a link: the source's, and the target's
 
 
 def by_lists(links: Iterable[Link]) -> dict[tuple[str, str], list[Link]]:
@@ -50,7 +53,12 @@ def number_at(key: str, head: str) -> str:
 
 def moves_of(links: Iterable[Link], here: str, there: str) -> set[tuple[int, int]]:
     """Which number of the one list goes to which of the other."""
-    return {(int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))) for link in links}
+    return {move_of(link, here, there) for link in links}
+
+
+def move_of(link: Link, here: str, there: str) -> tuple[int, int]:
+    """The numbers of a link's two keys in lists with these heads."""
+    return int(number_at(link.sources[0], here)), int(number_at(link.targets[0], there))
 
 
 def skips(side: Iterable[str], head: str) -> bool:
@@ -116,11 +124,6 @@ def mirrored(key: str, head: str, numbers: Sequence[int]) -> str:
     """The key of the member of a list of these numbers that is as far from the list's other end."""
     number = number_at(key, head)
     return f"{head}{numbers[-1 - numbers.index(int(number))]}{key[len(head) + len(number) :]}"
-
-
-_MOST = 32  # layers of one module that others are compared with
-_KINDS = SAYS_NOTHING | {"conv", "norm", "linear", "block"}  # words that several layers of one module may have
-Layers = tuple[str, str]  # of a link: the source's, and the target's
 
 
 def across(links: Iterable[Link], source: Mapping[str, TensorMeta], target: Mapping[str, TensorMeta]) -> Iterator[tuple[Link, str]]:

@@ -35,6 +35,7 @@ from ckptsurgeon.tensors import Checkpoint
 _TRIES = 3
 MANY = 24  # rules, from which on two stages are tried
 GENERAL, FOLDED, LITERAL = "general", "folded", "literal"  # how far rules are generalised, from the shortest on
+_LEAST = 3  # keys of a module, below which it is no shorter to move it first
 
 
 @dataclass(frozen=True)
@@ -286,9 +287,6 @@ class View:
 def _joins(link: Link) -> bool:
     """Whether a link is one of several sources, or cuts one in parts: all others are renames, and an op of each target."""
     return len(link.sources) > 1 or (len(link.targets) > 1 and bool(link.op))
-
-
-_LEAST = 3  # keys of a module, below which it is no shorter to move it first
 
 
 @dataclass

@@ -26,6 +26,8 @@ Path = tuple[str, ...]
 Called = tuple[Path, ...]  # what a node is called: one path for each of several results
 _PART = re.compile(r"\{[^{}]*\}")
 _NAME = re.compile(r"[a-z]+")
+_MOST = 4  # patterns that go together for each number
+PART = "{e}"
 
 
 @dataclass
@@ -114,10 +116,6 @@ def _draft(path: Path, called: Called, rows: Sequence[Row]) -> Draft:
 
 def _joined(path: Iterable[str]) -> str:
     return ".".join(segment for segment in path if segment)
-
-
-_MOST = 4  # patterns that go together for each number
-PART = "{e}"
 
 
 def line_of(link: Link, name: Mapping[str, str]) -> Line:

@@ -33,6 +33,8 @@ from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.progress import Held, phase
 from ckptsurgeon.streaming.signals import undisturbed
 
+_BEFORE = "transfer into the model before it is sharded"
+
 
 def load(state: Mapping[str, torch.Tensor], values: Mapping[str, Value], held: Held = None) -> None:
     """Load each tensor of `state`: each rank reads or copies its own blocks.
@@ -113,9 +115,6 @@ def _cause(error: CheckpointException, reader: _Blocks) -> BaseException:
         failure.problems = shortened([f"{key}: has its new value" for key in dict.fromkeys(reader.done)])
         failure.hint = "transfer again when the file is whole, or build the model anew"
     return failure
-
-
-_BEFORE = "transfer into the model before it is sharded"
 
 
 def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -33,6 +33,10 @@ from ckptsurgeon.rules.patterns import Pattern, compile_pattern
 
 _NUMBERED = re.compile(r"([^{}*/]*?)(0|[1-9][0-9]*)")
 _MOST = 8  # modules in a hint
+MOST_OF = 0.8  # the share of a model's elements that a module must contain for its depths to be used
+_JOINS_PREVIOUS = 99999.0
+_MATCHER = "group_matcher"
+Group = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -245,12 +249,6 @@ def _prefixes(name: str) -> list[str]:
     """
     parts = name.split(".")[:-1]
     return [".".join(parts[:length]) + "." for length in range(len(parts), 0, -1)] + [""]
-
-
-MOST_OF = 0.8  # the share of a model's elements that a module must contain for its depths to be used
-_JOINS_PREVIOUS = 99999.0
-_MATCHER = "group_matcher"
-Group = tuple[float, ...]
 
 
 def own_depths(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, dict[str, int]] | None:

@@ -27,6 +27,20 @@ from ckptsurgeon.parameter_types import NoDecay, Words
 from ckptsurgeon.shown import Shown
 from ckptsurgeon.views.folding import fold_keys
 
+_BASE = ("max_lr", "initial_lr", "lr")  # the first of these in a group is the base rate of its schedule; max_lr is OneCycleLR's
+_SCALED = ("lr", "initial_lr", "max_lr", "min_lr")  # rates in a group
+_OWN = ("params", "param_names", "name")
+# Attributes of schedulers with one value per group, and whether the first group's value is scaled for a new group, or copied.
+_PER_GROUP: dict[str, bool] = {
+    "base_lrs": True,
+    "max_lrs": True,
+    "_last_lr": True,
+    "lr_lambdas": False,
+    "min_lrs": False,
+    "base_momentums": False,
+    "max_momentums": False,
+}
+
 
 @dataclass(frozen=True, repr=False)
 class Stage(Shown):
@@ -213,21 +227,6 @@ def _stages_by_depth(model: nn.Module, every: Mapping[str, Named], layers: Words
     layer_depths = depths(model, layers, frozen)
     rows = [(depth, tuple(first for first in frozen if layer_depths.of[first] == depth)) for depth in range(layer_depths.top, -1, -1)]
     return [(layer_depths.label(depth), layer_depths.top - depth, keys) for depth, keys in rows if keys]
-
-
-_BASE = ("max_lr", "initial_lr", "lr")  # the first of these in a group is the base rate of its schedule; max_lr is OneCycleLR's
-_SCALED = ("lr", "initial_lr", "max_lr", "min_lr")  # rates in a group
-_OWN = ("params", "param_names", "name")
-# Attributes of schedulers with one value per group, and whether the first group's value is scaled for a new group, or copied.
-_PER_GROUP: dict[str, bool] = {
-    "base_lrs": True,
-    "max_lrs": True,
-    "_last_lr": True,
-    "lr_lambdas": False,
-    "min_lrs": False,
-    "base_momentums": False,
-    "max_momentums": False,
-}
 
 
 def base_rate(group: Mapping[str, Any]) -> float:

@@ -42,6 +42,7 @@ from ckptsurgeon.streaming.values import Buffer, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 _EXTRA = "_extra_state"
+BUFFERS = 2
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,6 @@ def _shares_memory_with_itself(tensor: torch.Tensor) -> bool:
             return len(set(places.flatten().tolist())) < tensor.numel()
         reach += (size - 1) * step
     return False
-
-
-BUFFERS = 2
 
 
 class Stage:

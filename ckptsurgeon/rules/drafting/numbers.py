@@ -19,6 +19,8 @@ _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 _MOST_STEPS = 8  # the largest factor or divisor
 _ENOUGH = 3  # rows that are needed for any form but a shift
 NAMES = "ijklmnrstuvwxyz"  # for numbers, in the order of the pattern
+_TOKEN = re.compile(r"[^.\\{]+|\\.|\{[^{}]*\}|.", re.DOTALL)
+_CHOICES = re.compile(r"(\\.)|(\{[A-Za-z_][A-Za-z0-9_]*)=[^{}]*(?=\})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,6 @@ def fit_two(rows: Collection[tuple[tuple[int, ...], int]], slots: Collection[int
             if all(form(numbers) == result for numbers, result in rows):
                 return form
     return None
-
-
-_TOKEN = re.compile(r"[^.\\{]+|\\.|\{[^{}]*\}|.", re.DOTALL)
-_CHOICES = re.compile(r"(\\.)|(\{[A-Za-z_][A-Za-z0-9_]*)=[^{}]*(?=\})", re.DOTALL)
 
 
 def segments(pattern: str) -> list[str]:
