@@ -1,5 +1,5 @@
-"""The table of adapters. A new adapter is a module in its family's folder and a line here; it is imported when an op names it. A name with
-a colon is a user's own adapter.
+"""The table of adapters. A new adapter is a constant in a module of its family, its name in capitals, and a line here; its module is
+imported when an op names it. A name with a colon is a user's own adapter.
 
 Callers decide by an adapter's traits, never by its name.
 """
@@ -20,33 +20,33 @@ from ckptsurgeon.hints import close_names
 
 UserKernel = Callable[..., Tensor]  # (tensors, **arguments) -> tensor
 
-ADAPTERS = {  # each with its folder, in the order in which they are shown and offered
-    "transpose": "layout",
-    "permute": "layout",
-    "reshape": "layout",
-    "squeeze": "layout",
-    "unsqueeze": "layout",
-    "interleave": "layout",
-    "deinterleave": "layout",
-    "permute_rope": "layout",
-    "roll": "layout",
-    "slice": "combining",
-    "pad": "combining",
-    "concat": "combining",
-    "chunk": "combining",
-    "stack": "combining",
-    "unstack": "combining",
-    "average": "combining",
-    "group_mean": "combining",
-    "interpolate": "vision",
-    "relative_position_bias": "vision",
-    "patch_embed": "vision",
-    "in_channels": "vision",
-    "inflate": "vision",
-    "rows": "rows",
-    "dequantize": "quantised",
-    "weight_norm": "factors",
-    "spectral_norm": "factors",
+ADAPTERS = {  # each with its module, in the order in which they are shown and offered
+    "transpose": "layout.dims",
+    "permute": "layout.dims",
+    "reshape": "layout.dims",
+    "squeeze": "layout.dims",
+    "unsqueeze": "layout.dims",
+    "interleave": "layout.elements",
+    "deinterleave": "layout.elements",
+    "permute_rope": "layout.elements",
+    "roll": "layout.elements",
+    "slice": "combining.parts",
+    "pad": "combining.pad",
+    "concat": "combining.parts",
+    "chunk": "combining.parts",
+    "stack": "combining.parts",
+    "unstack": "combining.parts",
+    "average": "combining.means",
+    "group_mean": "combining.means",
+    "interpolate": "vision.positions",
+    "relative_position_bias": "vision.positions",
+    "patch_embed": "vision.kernels",
+    "in_channels": "vision.kernels",
+    "inflate": "vision.kernels",
+    "rows": "rows.rows",
+    "dequantize": "quantised.dequantize",
+    "weight_norm": "factors.weight_norm",
+    "spectral_norm": "factors.spectral_norm",
 }
 
 
@@ -68,7 +68,7 @@ USER_ADAPTER = Adapter(
 @cache
 def load(name: str) -> Adapter:
     """The adapter of a name in the table; its module is imported at the first call."""
-    adapter: Adapter = import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}.{name}").ADAPTER
+    adapter: Adapter = getattr(import_module(f"ckptsurgeon.adapters.{ADAPTERS[name]}"), name.upper())
     return adapter
 
 

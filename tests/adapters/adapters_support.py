@@ -15,7 +15,8 @@ from ckptsurgeon.adapters.table import ADAPTERS, adapter_of, load, parse_ops
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OF_FAMILY = {
-    family: {name: load(name) for name, room in ADAPTERS.items() if room == family} for family in ("layout", "combining", "vision")
+    family: {name: load(name) for name, room in ADAPTERS.items() if room.partition(".")[0] == family}
+    for family in ("layout", "combining", "vision")
 }
 
 

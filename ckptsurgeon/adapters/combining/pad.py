@@ -1,13 +1,12 @@
 """`pad` makes a dim longer and fills the new part.
 
 >>> import torch
->>> ADAPTER.kernel({"dim": 0, "size": 4, "at": "end", "fill": "zeros"}, [torch.tensor([1, 2])], None)[0].tolist()
+>>> PAD.kernel({"dim": 0, "size": 4, "at": "end", "fill": "zeros"}, [torch.tensor([1, 2])], None)[0].tolist()
 [1, 2, 0, 0]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters import widening
@@ -79,10 +78,6 @@ def _share(op: Op) -> float:
     return sum(op["given"]) / total if total else 1.0
 
 
-def _kernel(op: Op, tensors: Sequence[Tensor], initial: Initial) -> list[Tensor]:
-    return [_padded(op, tensor, initial) for tensor in tensors]
-
-
 def _padded(op: Op, tensor: Tensor, initial: Initial) -> Tensor:
     dim, size, old_size = op["dim"], op["size"], tensor.shape[op["dim"]]
     out = tensor.new_empty(resized(tuple(tensor.shape), dim, size))
@@ -141,7 +136,7 @@ def _name(value: Any) -> bool:
     return type(value) is str and 0 < len(value) <= 200
 
 
-ADAPTER = Adapter(
+PAD = Adapter(
     words="makes dim `dim` `size` long (the target's) by zeros, a `value`, the mean over that dim, or the target's initial value",
     fields={
         "dim": signed,
@@ -154,7 +149,7 @@ ADAPTER = Adapter(
     },
     infer=_infer,
     fill=_fill,
-    kernel=_kernel,
+    kernel=lambda op, tensors, initial: [_padded(op, tensor, initial) for tensor in tensors],
     moments=zeros_where_filled,
     share=_share,
     plan_only=("given",),

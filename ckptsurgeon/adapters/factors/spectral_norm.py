@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> original, u, v = torch.tensor([[0.0, 4.0], [2.0, 0.0]]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
->>> ADAPTER.kernel({"dim": 0}, [original, u, v], None)[0].tolist()
+>>> SPECTRAL_NORM.kernel({"dim": 0}, [original, u, v], None)[0].tolist()
 [[0.0, 1.0], [0.5, 0.0]]
 """
 
@@ -121,7 +121,7 @@ def _cosines(matrix: Tensor, u: Tensor, v: Tensor) -> list[float]:
     return [float(torch.dot(vector, image) / (vector.norm() * image.norm()).clamp_min(1e-300)) for vector, image in images]
 
 
-ADAPTER = Adapter(
+SPECTRAL_NORM = Adapter(
     words="w = original / (u · (original v)), of a weight, u and v by turns, as torch has it in eval mode; "
     "the rows are dim `dim`, told by the shapes, else (None) by the values of u and v",
     fields={"dim": or_none(signed)},

@@ -3,9 +3,9 @@ norm for each index of one dim.
 
 >>> import torch
 >>> g, v = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]])
->>> ADAPTER.kernel({"dim": 0}, [g, v], None)[0].tolist()
+>>> WEIGHT_NORM.kernel({"dim": 0}, [g, v], None)[0].tolist()
 [[6.0, 8.0]]
->>> ADAPTER.kernel({"dim": 0, "part": "g"}, [torch.tensor([[6.0, 8.0]])], None)[0].tolist()
+>>> WEIGHT_NORM.kernel({"dim": 0, "part": "g"}, [torch.tensor([[6.0, 8.0]])], None)[0].tolist()
 [[10.0]]
 """
 
@@ -41,11 +41,6 @@ def dims_of(g: Shape, v: Shape) -> tuple[int | None, ...]:
     return tuple(dim for dim in (None, *range(len(v))) if lengths_of(v, dim) == g)
 
 
-def _dim(op: Op) -> int | None:
-    dim: int | None = need(op, "dim")
-    return dim
-
-
 def _pairs(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape]]:
     if not shapes or len(shapes) % 2:
         raise refused(op, f"takes g and v by turns, and {len(shapes)} tensors come in")
@@ -53,7 +48,7 @@ def _pairs(op: Op, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, Shape]]:
 
 
 def _infer(op: Op, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    dim = _dim(op)
+    dim: int | None = need(op, "dim")
     if "part" in op:
         return tuple(_part(op, shape, dim) for shape in shapes)
     for g, v in _pairs(op, shapes):
@@ -124,7 +119,7 @@ def _lengths(v: Tensor, dim: int | None) -> Tensor:
     return lengths
 
 
-ADAPTER = Adapter(
+WEIGHT_NORM = Adapter(
     words="w = g * v / |v|, of g and v by turns, with a norm for each index of dim `dim` (told by g's shape; None: one for the whole); "
     "of one tensor for two results: g = |w| and v = w",
     fields={"dim": or_none(signed), "part": one_of(*PARTS)},

@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> op = {"block": [1, 0], "divisor": 1}
->>> ADAPTER.kernel(op, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), torch.tensor([0.5, 10.0])], None)[0].tolist()
+>>> DEQUANTIZE.kernel(op, [torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), torch.tensor([0.5, 10.0])], None)[0].tolist()
 [[0.5, 1.0], [30.0, 40.0]]
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from ckptsurgeon.adapters.op import Adapter, FillContext, Initial, Op, Shape, Tensor, cannot_follow, list_of, whole
+from ckptsurgeon.adapters.op import Adapter, FillContext, Op, Shape, Tensor, cannot_follow, list_of, whole
 from ckptsurgeon.adapters.shapes import need, refused
 from ckptsurgeon.adapters.widening import rows_at_a_time
 from ckptsurgeon.errors import RuleError
@@ -88,10 +88,6 @@ def _rows(op: Op, tensors: Sequence[Tensor], shape: Shape, start: int) -> Tensor
     return values * (1 / op["divisor"]) if op["divisor"] != 1 else values  # rounded as bitsandbytes does it
 
 
-def _kernel(op: Op, tensors: Sequence[Tensor], _initial: Initial) -> list[Tensor]:
-    return [_values(op, codes, scale) for codes, scale in zip(tensors[::2], tensors[1::2], strict=True)]
-
-
 def _values(op: Op, codes: Tensor, scale: Tensor) -> Tensor:
     import torch
 
@@ -104,13 +100,13 @@ def _values(op: Op, codes: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-ADAPTER = Adapter(
+DEQUANTIZE = Adapter(
     words="float32 values of codes and their scale, by turns: "
     "out = code * scale / divisor (1), a scale for each `block` (0 is a whole dim)",
     fields={"block": list_of(whole), "divisor": whole},
     infer=_infer,
     fill=_fill,
-    kernel=_kernel,
+    kernel=lambda op, tensors, _initial: [_values(op, *pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)],
     moments=cannot_follow,
     output_dtype="F32",
     decodes=True,

@@ -6,7 +6,7 @@ are copied bit by bit, in any dtype; a mean is that of all of the source's rows,
 
 >>> import torch
 >>> op = {"dim": 0, "rows": 3, "runs": [[0, 1, 2]], "fill": "zeros"}
->>> ADAPTER.kernel(op, [torch.tensor([10, 11, 12])], None)[0].tolist()
+>>> ROWS.kernel(op, [torch.tensor([10, 11, 12])], None)[0].tolist()
 [11, 12, 0]
 """
 
@@ -210,10 +210,6 @@ def _covered(op: Op) -> int:
     return sum(count for _, _, count in op["runs"])
 
 
-def _ranges(op: Op, shapes: Sequence[Shape]) -> list[list[Range] | None]:
-    return [_range(op, tensor, shape) for tensor, shape in enumerate(shapes)]
-
-
 def _range(op: Op, tensor: int, shape: Shape) -> list[Range] | None:
     parts = [cut(tensor, shape, op["dim"], start, start + count) for _, start, count in op["runs"]]
     if not parts or _covered(op) != op["rows"]:
@@ -293,7 +289,7 @@ def _mean(tensor: Tensor, dim: int) -> Tensor:
     return (total / rows).to(tensor.dtype)
 
 
-ADAPTER = Adapter(
+ROWS = Adapter(
     words="rows chosen by number, or by the token or label that two lists have in common; the others are filled",
     fields=_FIELDS,
     infer=_infer,
@@ -301,7 +297,7 @@ ADAPTER = Adapter(
     kernel=_kernel,
     moments=zeros_where_filled,
     invert=_invert,
-    ranges=_ranges,
+    ranges=lambda op, shapes: [_range(op, tensor, shape) for tensor, shape in enumerate(shapes)],
     share=lambda op: _covered(op) / op["rows"] if op["rows"] else 1.0,
     fill_note=lambda op: f"{_covered(op)} of {op['rows']} rows come from the source, the rest is filled: {op['fill']}",
 )

@@ -1,4 +1,4 @@
-"""What vision adapters share about shapes: checks of fields, sides of squares, and errors for empty tensors."""
+"""What vision adapters share: checks of fields, sides of squares, errors for empty tensors, and torch's interpolation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from math import isqrt, prod
 from typing import Any
 
-from ckptsurgeon.adapters.op import FillContext, Op, Shape, one_of, whole
+from ckptsurgeon.adapters.op import FillContext, Op, Shape, Tensor, one_of, whole
 from ckptsurgeon.adapters.shapes import MOST_ELEMENTS, in_words
+from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
 SMOOTH = one_of("bicubic", "bilinear")
@@ -65,3 +66,20 @@ def target_shape(context: FillContext, dims: int, field: str, name: str) -> Shap
         reason = "the target's shape is not known" if context.target is None else f"{in_words(context.target)} has not {dims} dimensions"
         raise RuleError(f"{name} can't tell {field}: {reason}", hint=f"give {field}=, as in {name}({field}=...)")
     return context.target
+
+
+def resize(planes: Tensor, op: Op, size: tuple[int, int], antialias: bool) -> Tensor:
+    """(B, D, h, w) -> (B, D, *size), in the dtype of `planes`."""
+    from torch.nn.functional import interpolate
+
+    if antialias and size[1] == 1 < size[0]:  # torch's antialiasing is wrong there (2.13, CPU): every row comes out the same
+        return resize(planes.transpose(2, 3), op, (1, size[0]), antialias).transpose(2, 3)
+    corners = None if op["mode"] == "nearest" else False
+    resized: Tensor = interpolate(planes, size=size, mode=op["mode"], align_corners=corners, antialias=antialias)
+    return resized
+
+
+def resize_tokens(tokens: Tensor, op: Op, grid: tuple[int, int], to: tuple[int, int], antialias: bool) -> Tensor:
+    """(B, h·w, D) -> (B, h'·w', D), float32 or wider."""
+    planes = widened(tokens).reshape(tokens.shape[0], *grid, -1).permute(0, 3, 1, 2)
+    return resize(planes, op, to, antialias).permute(0, 2, 3, 1).reshape(tokens.shape[0], to[0] * to[1], -1)
