@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ckptsurgeon as cs
 from ckptsurgeon.api import _gates
 from ckptsurgeon.errors import UnreadableError
-from ckptsurgeon.models.sharded.blocks import Part
-from ckptsurgeon.models.sharded.values import Stored
+from ckptsurgeon.models.sharded.values import Part, Stored
 from ckptsurgeon.storage.local import LocalFile
 
 

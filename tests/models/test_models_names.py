@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 import ckptsurgeon as cs
 from ckptsurgeon.errors import ModelError, TargetError
 from ckptsurgeon.models.target.parameters import inner, named, named_tensors
-from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import depths
+from ckptsurgeon.models.training.groups import without_decay
 
 
 class Net(nn.Module):

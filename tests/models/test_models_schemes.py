@@ -15,8 +15,8 @@ from ckptsurgeon.models.init.initialize import initialize
 from ckptsurgeon.models.init.scheme_text import SCHEMES, describe_effective, effective_scheme, is_own, needs, parse_scheme
 from ckptsurgeon.models.init.schemes import seed_of, value
 from ckptsurgeon.models.init.values import make_provider
+from ckptsurgeon.models.target.build import is_unset, marked
 from ckptsurgeon.models.target.skeleton import checkpoint_of
-from ckptsurgeon.models.target.uninitialized import is_unset, marked
 
 PROMISED = [
     *("model", "reset", "zeros", "ones", "constant", "normal", "trunc_normal", "xavier_normal", "xavier_uniform", "kaiming_normal"),
@@ -256,7 +256,7 @@ SCRIPT = textwrap.dedent(
     from ckptsurgeon.models.target.build import build
     from ckptsurgeon.models.target.skeleton import checkpoint_of
     from ckptsurgeon.models.target.spec import parse
-    from ckptsurgeon.models.target.uninitialized import marked
+    from ckptsurgeon.models.target.build import marked
     from ckptsurgeon.models.init.values import make_provider
 
     torch.ones(1 << 20).mul_(3.0)  # memory that is free again, with something in it
@@ -352,7 +352,7 @@ def test_marking_changes_no_constructors_values_and_no_random_state():
 
 
 def test_marking_loads_no_compiler():
-    code = "import sys, torch\nfrom ckptsurgeon.models.target.uninitialized import marked\nwith marked(): torch.nn.Linear(2, 2)\n"
+    code = "import sys, torch\nfrom ckptsurgeon.models.target.build import marked\nwith marked(): torch.nn.Linear(2, 2)\n"
     code += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 

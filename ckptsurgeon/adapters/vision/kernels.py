@@ -27,6 +27,9 @@ from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
 _IN_CHANNELS_FIELDS: dict[str, Check] = {"dim": signed, "channels": positive}
+_INFLATE_FIELDS: dict[str, Check] = {"dim": signed, "size": positive, "mode": one_of("mean", "center")}
+_PATCH_EMBED_FIELDS: dict[str, Check] = {"to": pair, "mode": SMOOTH, "antialias": flag}
+MOST_SIDE = 1024  # of a patch: its resize matrix is inverted
 
 
 def _in_channels_shape(op: Op, shape: Shape) -> Shape:
@@ -85,9 +88,6 @@ IN_CHANNELS = Adapter(
 )
 
 
-_INFLATE_FIELDS: dict[str, Check] = {"dim": signed, "size": positive, "mode": one_of("mean", "center")}
-
-
 def _inflate_shape(op: Op, shape: Shape) -> Shape:
     dim, size, _ = checked(op, _INFLATE_FIELDS)
     if len(shape) not in (3, 4) or not 2 <= dim <= len(shape):
@@ -132,10 +132,6 @@ INFLATE = Adapter(
     floats=True,
     source="Carreira & Zisserman 2017 (arXiv:1705.07750)",
 )
-
-
-MOST_SIDE = 1024  # of a patch: its resize matrix is inverted
-_PATCH_EMBED_FIELDS: dict[str, Check] = {"to": pair, "mode": SMOOTH, "antialias": flag}
 
 
 def _patch_embed_shape(op: Op, shape: Shape) -> Shape:

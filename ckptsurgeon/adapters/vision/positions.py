@@ -36,6 +36,8 @@ from ckptsurgeon.adapters.widening import widened
 from ckptsurgeon.errors import RuleError
 
 MOST_PREFIX = 8  # class and register tokens that are inferred; more have to be given
+BEIT = 3  # rows below the window's: class to patch, patch to class, class to class
+_BIAS_FIELDS: dict[str, Check] = {"grid": pair, "to": pair, "extra": whole, "mode": SMOOTH}
 _INTERPOLATE_FIELDS: dict[str, Check] = {
     "prefix": whole,
     "grid": pair,
@@ -161,10 +163,6 @@ INTERPOLATE = Adapter(
     floats=True,
     source="torch.nn.functional.interpolate, align_corners=False",
 )
-
-
-BEIT = 3  # rows below the window's: class to patch, patch to class, class to class
-_BIAS_FIELDS: dict[str, Check] = {"grid": pair, "to": pair, "extra": whole, "mode": SMOOTH}
 
 
 def _entries(window: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from ckptsurgeon.formats.archive_tree import ValueTree, plain_tree
 from ckptsurgeon.formats.folders import nesting
 from ckptsurgeon.formats.folders.blobs import Blobs
 from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, combined, parse
-from ckptsurgeon.formats.folders.inside import check_link, member
+from ckptsurgeon.formats.folders.hf_folder import check_link, member
 from ckptsurgeon.formats.json_text import whole
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
 from ckptsurgeon.formats.provenance import RECORD, parse_provenance

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.archive_tree import ValueTree
-from ckptsurgeon.formats.folders.inside import check_link, member
+from ckptsurgeon.formats.folders.hf_folder import check_link, member
 from ckptsurgeon.formats.json_text import integer, parse
 from ckptsurgeon.formats.plain import safetensors
 from ckptsurgeon.formats.registry import BY_NAME

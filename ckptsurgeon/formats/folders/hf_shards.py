@@ -13,8 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from ckptsurgeon.errors import CheckpointError, FormatError, RootError
-from ckptsurgeon.formats.folders.hf_folder import with_unread
-from ckptsurgeon.formats.folders.inside import check_link, member
+from ckptsurgeon.formats.folders.hf_folder import check_link, member, with_unread
 from ckptsurgeon.formats.json_text import parse, whole
 from ckptsurgeon.formats.pickle.unpickled import Claims
 from ckptsurgeon.formats.registry import named

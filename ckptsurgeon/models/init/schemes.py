@@ -25,9 +25,8 @@ from ckptsurgeon.errors import CastError, ModelError, RuleError, TargetError
 from ckptsurgeon.models.init.scheme_text import SCHEMES, effective_scheme, is_own, parse_scheme
 from ckptsurgeon.models.init.user_functions import Fill, checked_tensor
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.build import forked
+from ckptsurgeon.models.target.build import forked, is_unset
 from ckptsurgeon.models.target.parameters import Named, inner, named_tensors
-from ckptsurgeon.models.target.uninitialized import is_unset
 from ckptsurgeon.wrappers import WRAPPERS
 
 KEEP = "model"

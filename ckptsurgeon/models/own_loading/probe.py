@@ -23,8 +23,7 @@ from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import TargetError
 from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.loading import Loader
-from ckptsurgeon.models.own_loading.filled import Writes, find_filled
-from ckptsurgeon.models.own_loading.snapshot import take_snapshot, values_of
+from ckptsurgeon.models.own_loading.snapshot import Writes, find_filled, take_snapshot, values_of
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.loaders import PLAIN, hooks_after, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key

@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from ckptsurgeon.models.sharded.blocks import Part, narrowed
-from ckptsurgeon.models.sharded.values import Stored
+from ckptsurgeon.models.sharded.values import Part, Stored, narrowed
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.tensors import TensorMeta

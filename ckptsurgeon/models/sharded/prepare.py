@@ -22,10 +22,9 @@ from ckptsurgeon.errors import ModelError
 from ckptsurgeon.models.init import initialize
 from ckptsurgeon.models.init.schemes import KEEP, concrete
 from ckptsurgeon.models.init.user_functions import Fill
-from ckptsurgeon.models.sharded.blocks import Part, narrowed
 from ckptsurgeon.models.sharded.planner import own_parts, whole
 from ckptsurgeon.models.sharded.ranks import Ranks
-from ckptsurgeon.models.sharded.values import Ready, Stored, Value
+from ckptsurgeon.models.sharded.values import Part, Ready, Stored, Value, narrowed
 from ckptsurgeon.models.target.sharding import is_sharded, own_class
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.progress import nobody, phase

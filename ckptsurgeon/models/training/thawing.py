@@ -19,10 +19,9 @@ from torch.optim import Optimizer
 from ckptsurgeon.arguments import checked
 from ckptsurgeon.errors import ModelError, printable
 from ckptsurgeon.models.target.parameters import Named, first_matching_pattern, listed, named
-from ckptsurgeon.models.training.decay import without_decay
 from ckptsurgeon.models.training.depth import depths
 from ckptsurgeon.models.training.freezing import Frozen, thaw
-from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rates
+from ckptsurgeon.models.training.groups import NO_DECAY, check_decay, check_rates, without_decay
 from ckptsurgeon.parameter_types import NoDecay, Words
 from ckptsurgeon.shown import Shown
 from ckptsurgeon.views.folding import fold_keys

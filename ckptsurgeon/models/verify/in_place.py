@@ -16,13 +16,13 @@ from torch import nn
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import FormatError, ModelError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.models.sharded.blocks import Part, bands, narrowed
 from ckptsurgeon.models.sharded.ranks import Ranks
+from ckptsurgeon.models.sharded.values import Part, bands, narrowed
 from ckptsurgeon.models.target.conversions import find_naming
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.models.target.sharding import is_sharded, refuse_flat
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.models.verify import by_library, readback
+from ckptsurgeon.models.verify import loading, readback
 from ckptsurgeon.models.verify.readback import Differences
 from ckptsurgeon.planning.fits import misfits, shapes_of, tied_keys
 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
@@ -67,7 +67,7 @@ def verify_in_place(
         changed = {unwrap(key, WRAPPERS) for loader in find_loaders(model, own).values() if loader.changes for key in loader.keys}
         metas = {key: view[aliases.get(key, key)] for key in skeleton if aliases.get(key, key) in view}
         metas = {key: meta for key, meta in metas.items() if meta.shape == skeleton[key].shape}
-        read = by_library.reader(checkpoint, as_read, reader.read)
+        read = loading.reader(checkpoint, as_read, reader.read)
         rows: list[Row] = []
         damaged: list[Finding] = []
         parts = list(_parts({key: state[key] for key in metas if key not in changed}))
@@ -126,7 +126,7 @@ def _parts(state: Mapping[str, torch.Tensor]) -> Iterable[Part]:
     return [Part(key, tuple((0, size) for size in tensor.shape), tensor.detach()) for key, tensor in state.items()]
 
 
-def _compared(part: Part, meta: TensorMeta, reader: Reader, read: by_library.Read) -> Iterator[Row]:
+def _compared(part: Part, meta: TensorMeta, reader: Reader, read: loading.Read) -> Iterator[Row]:
     """The differences between a part and the file, band by band. The first wrong element is counted in the whole tensor."""
     size = BY_CODE[meta.dtype].size
     whole = None if meta.place is not None else tensor_from(read(meta), meta.dtype).view(meta.shape)

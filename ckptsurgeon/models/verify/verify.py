@@ -22,7 +22,7 @@ from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.conversions import find_naming
 from ckptsurgeon.models.target.loaders import find_loaders
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
-from ckptsurgeon.models.verify import by_library, forward, loading, readback
+from ckptsurgeon.models.verify import forward, loading, readback
 from ckptsurgeon.planning.fits import fits
 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 from ckptsurgeon.progress import phase
@@ -85,8 +85,8 @@ def verify_on_device(
         if as_read.naming is None:
             loaded = loading.load_strictly(model, checkpoint, skeleton)
         else:
-            read = by_library.reader(checkpoint, as_read, read)
-            loaded = by_library.load_by_library(model, checkpoint, skeleton, as_read, read)
+            read = loading.reader(checkpoint, as_read, read)
+            loaded = loading.load_by_library(model, checkpoint, skeleton, as_read, read)
     findings = list(loaded.findings)
     findings += _readers_agree(checkpoint, loaded) if loaded.complete else []
     compared = 0
