@@ -21,7 +21,7 @@ from ckptsurgeon.models.init.scheme_text import SCHEMES, Scheme, describe_effect
 from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
 from ckptsurgeon.models.init.user_functions import Fill, function_schemes, own_schemes
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
-from ckptsurgeon.models.target.parameters import Named, keys_by_name, matched, named_tensors
+from ckptsurgeon.models.target.parameters import keys_by_name, matched, named_tensors
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
 from ckptsurgeon.rules.meant import meant_hint
@@ -91,11 +91,16 @@ def initialize(
     tensors = [named for part in named_tensors(model) for named in part.values()]
     fresh = known_fresh(state, tensors, report)
     texts, functions = _texts_and_functions(scheme)
-    pattern_names = _names_by_key(state, tensors)
+    pattern_names = {key: {key: None} for key in state}  # what a pattern may match: the key, then its tensor's names in the model
+    for name, keys in keys_by_name(tensors).items():
+        for key in keys:
+            pattern_names[key][name] = None
     schemes = _schemes_by_key(texts, {key: pattern_names[key] for key in state if key in fresh}, pattern_names)
     fills = {**own_schemes([text for text in schemes.values() if text not in functions], note), **functions}
     storages = {storage_of(tensor) for tensor in tensors_of(model)}
-    groups = _tie_groups(state, schemes, fresh)
+    tied = {key: names for names in checkpoint_of_state_dict(state).ties for key in names}
+    tensor_names = dict.fromkeys(tied.get(key, (key,)) for key in schemes if isinstance(state[key], torch.Tensor))
+    groups = [names for names in tensor_names if fresh.issuperset(names)]
     group_of = {name: group for group in groups for name in group}
     values: list[tuple[Names, torch.Tensor, torch.Tensor]] = []
     problems: list[RuleError] = []
@@ -168,7 +173,6 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], grou
 
 
 def _first_with_scheme(names: Names, schemes: Mapping[str, str]) -> str:
-    """The first name of a tensor that has a scheme."""
     return next(name for name in names if name in schemes)
 
 
@@ -176,17 +180,8 @@ def _dtype_code(tensor: torch.Tensor) -> str:
     return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
-def _names_by_key(state: Mapping[str, Any], tensors: Iterable[Named]) -> dict[str, tuple[str, ...]]:
-    """Each key with all names that a pattern may match: the key itself first, then its tensor's names in the model."""
-    aliases: dict[str, list[str]] = {}
-    for name, keys in keys_by_name(tensors).items():
-        for key in keys:
-            aliases.setdefault(key, []).append(name)
-    return {key: tuple(dict.fromkeys((key, *aliases.get(key, ())))) for key in state}
-
-
 def _schemes_by_key(
-    scheme: str | Mapping[str, str], fresh: Mapping[str, tuple[str, ...]], keys: Mapping[str, tuple[str, ...]]
+    scheme: str | Mapping[str, str], fresh: Mapping[str, Iterable[str]], keys: Mapping[str, Iterable[str]]
 ) -> dict[str, str]:
     """The scheme of each fresh key. A pattern that matches no fresh key is a RuleError."""
     if isinstance(scheme, str):
@@ -212,13 +207,6 @@ def _with_parts(scheme: str, pattern: Pattern, parts: dict[str, str] | None) -> 
     """Check a scheme and return it, with the parts of a match filled into `from(KEY)`."""
     parse_scheme(scheme)
     return filled_in(scheme, pattern, parts)
-
-
-def _tie_groups(state: Mapping[str, Any], schemes: Mapping[str, str], fresh: frozenset[str]) -> list[tuple[str, ...]]:
-    """The names of each tensor to initialise. A tensor with a name that is not fresh is left out."""
-    tied = {key: names for names in checkpoint_of_state_dict(state).ties for key in names}
-    groups = dict.fromkeys(tied.get(key, (key,)) for key in schemes if isinstance(state[key], torch.Tensor))
-    return [names for names in groups if fresh.issuperset(names)]
 
 
 def _raise_all(problems: list[RuleError]) -> None:

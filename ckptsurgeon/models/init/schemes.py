@@ -65,12 +65,11 @@ def value(
     own: Mapping[str, Fill] = {},
     leaf: str | None = None,
 ) -> torch.Tensor:
-    """The initial value of one tensor, dense on the CPU.
+    """The initial value of one tensor, dense on the CPU. Values are drawn in float32 (float64 for `F64`) and then cast.
 
     Args:
-        scheme: a scheme's text, `xavier_normal` or `normal(std=0.02)`; `from(KEY)` has no value by itself.
-        key: the tensor's key; together with `seed` it seeds the values.
-        dtype_code: safetensors' code. Values are drawn in float32 (float64 for `F64`) and then cast.
+        scheme: a scheme's text; `from(KEY)` has no value by itself.
+        key: together with `seed` it seeds the values.
         module: the layer that owns the key, which `model`, `per_layer_type` and `reset` need. The first two take its current value;
             for `reset` it may be on meta.
         own: the loaded functions of user-defined schemes, by name (`user_functions.own_schemes`).
@@ -90,11 +89,7 @@ def value(
 
 
 def concrete(scheme: str, key: str, shape: tuple[int, ...], dtype_code: str, module: nn.Module | None, leaf: str | None = None) -> str:
-    """The scheme that this tensor really gets (`model` for its constructor's value), checked against its shape and dtype.
-
-    Raises:
-        RuleError: as `value`.
-    """
+    """The scheme that this tensor really gets (`model` for its constructor's value), checked against its shape and dtype."""
     name, _ = parse_scheme(scheme)
     if is_own(name):
         return scheme
@@ -194,11 +189,7 @@ def owner_of(model: nn.Module | None, key: str) -> nn.Module | None:
 
 
 def layer_of(model: nn.Module | None, key: str, tensors: Iterable[Named] | None = None) -> tuple[nn.Module | None, str]:
-    """`owner_of`, and the tensor's name in it, even if a hook gives the tensor another key in the state_dict.
-
-    Args:
-        tensors: the model's parameters and buffers, if the caller has listed them already.
-    """
+    """`owner_of`, and the tensor's name in it, even if a hook gives the tensor another key in the state_dict."""
     owner, leaf = owner_of(model, key), key.rpartition(".")[2]
     if model is None or (owner is not None and own_tensor(owner, leaf) is not None):
         return owner, leaf
@@ -278,12 +269,9 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reset_value(module: nn.Module, key: str, seed: int, leaf: str | None = None) -> torch.Tensor:
-    """The tensor that `key` names in `module` after `module.reset_parameters()`, on the CPU, in the module's own dtype and shape.
+    """The tensor that `key` names in the layer `module` after `module.reset_parameters()`, on the CPU, in the module's own dtype and shape.
 
-    Args:
-        module: the layer that owns the key. Its children are reset only if its `reset_parameters` does so.
-        seed: seeds the random state under which it runs. All tensors of a module come from runs with the same seed.
-        leaf: the tensor's name in the layer; by default the key's last segment.
+    All tensors of a module come from runs with the same seed. Its children are reset only if its `reset_parameters` does so.
 
     Raises:
         RuleError: the module has no `reset_parameters`, or it does not set this tensor, or sets it to NaN.

@@ -38,12 +38,8 @@ class OwnAdapter:
 
 
 def load(text: str, note: Note) -> Fill:
-    """Import the function that a spec names, and return it wrapped: each call runs through `user_code`, with the function's folder first on
-    sys.path.
-
-    Args:
-        text: `module:function` or `path/to/file.py:function`; arguments in parentheses are ignored.
-        note: gets one line that says what is imported.
+    """Import the function that a spec names (arguments in parentheses are ignored), and return it wrapped: each call runs through
+    `user_code`, with the function's folder first on sys.path.
 
     Raises:
         TargetError: no such file, module or function (the hint has close names), a failed import, or a value that is not callable.

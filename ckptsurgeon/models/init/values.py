@@ -23,12 +23,7 @@ from ckptsurgeon.tensors import TensorMeta
 
 
 def tensor_bytes(t: torch.Tensor) -> memoryview:
-    """The tensor's elements as a read-only memoryview of `numel * element_size` bytes, dense and row-major.
-
-    A dense CPU tensor is not copied: the view shows its memory, and keeps it alive. Any other tensor is copied to a dense CPU one first.
-
-    Raises:
-        ModelError: the tensor is on the meta device and has no values.
+    """The tensor's elements, as `memory_of` gives them. Raises ModelError for a tensor on the meta device, which has no values.
 
     >>> bytes(tensor_bytes(torch.tensor([1, 256], dtype=torch.int16)))
     b'\\x01\\x00\\x00\\x01'

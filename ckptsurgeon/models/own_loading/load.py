@@ -67,6 +67,11 @@ def load(
     inputs._metadata = copy.deepcopy({**metadata, **versions})  # type: ignore[attr-defined]
     restore = _snapshot(model, state, values, loaders)
     before = values_of(state, computed)
+
+    def undo() -> None:
+        restore()
+        _restore_extra_state(model, state, extra, name)
+
     try:
         result = user_code.call(name, model.load_state_dict, inputs, strict=False)
         after = values_of(state_dict_of(model, name), before)
@@ -78,16 +83,10 @@ def load(
         _check_same_tensors(state, state_dict_of(model, name), name)
     except BaseException as error:
         with undisturbed():
-            restore()
-            _restore_extra_state(model, state, extra, name)
+            undo()
         if isinstance(error, CheckpointError):
             error.reason += f"; {OUTSIDE}"
         raise
-
-    def undo() -> None:
-        restore()
-        _restore_extra_state(model, state, extra, name)
-
     return undo
 
 
@@ -105,18 +104,14 @@ def _snapshot(model: nn.Module, state: Mapping[str, Any], values: Mapping[str, t
 
 def _restore_extra_state(model: nn.Module, state: Mapping[str, Any], extra: Mapping[str, Any], name: str) -> None:
     """Set the modules' extra state back to what `state` has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for key in extra:
-        module = _module_at(model, key)
+        module = modules.get(key.rpartition(".")[0])
         try:
             if module is not None:
                 user_code.call(name, module.set_extra_state, state[key])
         except TargetError:
             continue  # a module that refuses its own extra state has taken no other either
-
-
-def _module_at(model: nn.Module, key: str) -> nn.Module | None:
-    path = key.rpartition(".")[0]
-    return next((module for module_path, module in model.named_modules(remove_duplicate=False) if module_path == path), None)
 
 
 def _check_computed(missing: list[str], name: str) -> None:

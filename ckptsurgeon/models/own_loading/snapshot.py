@@ -68,17 +68,12 @@ def _keep(value: Any, undo: list[Undo], seen: dict[int, Any]) -> None:
         undo.append(_tensor(value))
     elif type(value) in _CONTAINERS:
         content = type(value)(value)
-        undo.append(lambda: _refill(value, content))
+        undo += [value.clear, lambda: value.extend(content) if isinstance(value, (list, deque)) else value.update(content)]
         for item in list(content.values()) if isinstance(content, dict) else list(content):
             _keep(item, undo, seen)
     elif type(value) is tuple:
         for item in value:
             _keep(item, undo, seen)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
 
 
 def _tensor(tensor: torch.Tensor) -> Undo:

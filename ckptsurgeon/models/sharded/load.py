@@ -62,14 +62,14 @@ class _Blocks(StorageReader):
         self.error: BaseException | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Part of torch's protocol: does nothing, since there is no state to reset."""
+        """Do nothing: there is no state to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Metadata in which every tensor is one chunk."""
         return self._metadata
 
     def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
-        """Part of torch's protocol: does nothing, since the files are open."""
+        """Do nothing: the files are open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Torch's plan, unchanged."""
@@ -97,7 +97,7 @@ class _Blocks(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Part of torch's protocol: False, since this reader has no path."""
+        """False: this reader has no path."""
         return False
 
 
@@ -156,6 +156,6 @@ def put(
 
 
 def refuse_unwritable(state: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """ModelError for a tensor that can't be written to in place."""
+    """As `check_writable`, for this rank's parts."""
     for key in keys:
         check_writable(key, local(state[key]))

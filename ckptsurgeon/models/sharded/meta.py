@@ -96,7 +96,6 @@ def memory_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 
 def _error(reason: str, names: Sequence[str], hint: str) -> ModelError:
-    """The error for the first of these tensors, which lists the others."""
     return ModelError(reason, key=names[0], problems=shortened(names[1:]), hint=hint)
 
 

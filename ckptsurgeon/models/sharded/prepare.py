@@ -90,7 +90,8 @@ class Origins:
             return None
         origin = resolved(step, steps)
         if origin is step:
-            return self._drawn(step)
+            make = self._scheme(step, step.schemes[0])
+            return None if make is None else Computed(lambda _wholes, _casts: make())
         computed = self._of(origin, steps)
         return computed if computed is not None else _kept(self.state[origin.target])
 
@@ -108,7 +109,10 @@ class Origins:
                 return Stored(step.target, _of_runs(step, dtype, ranges), self.reader)
         tensors = [self._whole_source(key) for key in keys]
         needs = tuple(tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and is_sharded(tensor))
-        initial_value, current = self._filling(step), self.state[step.target].detach()
+        initial_value = (
+            self._scheme(step, step.schemes[0]) if step.schemes else _never
+        )  # None if an adapter fills with the model's own value
+        current = self.state[step.target].detach()
         for_filling = (current,) if initial_value is None and is_sharded(current) else ()
 
         def make(wholes: Wholes, casts: list[Cast]) -> torch.Tensor:
@@ -130,16 +134,6 @@ class Origins:
         if tensor.device.type == "meta":
             raise ModelError("has no values: it is on the meta device", path=self.source.path, key=key)
         return tensor if is_sharded(tensor) else tensor.resolve_conj().resolve_neg()
-
-    def _filling(self, step: Step) -> Callable[[], torch.Tensor] | None:
-        """A function that gives the value with which an adapter fills; None if it is the model's own value."""
-        scheme = next(iter(step.schemes), None)
-        return _never if scheme is None else self._scheme(step, scheme)
-
-    def _drawn(self, step: Step) -> Computed | None:
-        """A fresh tensor's value; None if the tensor keeps its own."""
-        make = self._scheme(step, step.schemes[0])
-        return None if make is None else Computed(lambda _wholes, _casts: make())
 
     def _scheme(self, step: Step, scheme: str) -> Callable[[], torch.Tensor] | None:
         """A function that gives a scheme's value, the same on every rank; None for the model's own value."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -32,12 +32,7 @@ class _Writer(FileSystemWriter):
 
 
 def save(folder: str, tensors: Iterable[TensorMeta], entries: Mapping[str, Any]) -> None:
-    """Write tensors, each dense and in one span of a file, and values that are not tensors into an empty folder.
-
-    Args:
-        folder: the folder to write into.
-        tensors: their names, shapes, dtypes and spans.
-        entries: the values that are not tensors, by key.
+    """Write tensors, each dense and in one span of a file, and values that are not tensors (`entries`) into an empty folder.
 
     Raises:
         OutputError: this process is a rank of a process group; or torch fails, not because of an OSError.
@@ -46,7 +41,8 @@ def save(folder: str, tensors: Iterable[TensorMeta], entries: Mapping[str, Any])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         hint = "write it before init_process_group, or in a process of its own"
         raise OutputError("is written by one process, and this one is a rank of a process group", path=folder, hint=hint)
-    with ExitStack() as stack, _quiet():
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # there is no process group
         state = {**dict(_mapped(tensors, stack)), **entries}
         try:
             dcp.save(state, storage_writer=_Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1))
@@ -68,14 +64,6 @@ def _mapped(tensors: Iterable[TensorMeta], stack: ExitStack) -> Iterator[tuple[s
                 maps[span.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         raw = torch.frombuffer(maps[span.file], dtype=torch.uint8, count=span.nbytes, offset=span.offset)
         yield meta.name, raw.view(dtype).view(meta.shape)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")
-        yield
 
 
 def _cause(error: CheckpointException, folder: str) -> BaseException:

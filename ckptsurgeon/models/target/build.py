@@ -46,9 +46,6 @@ def resolve(spec: Spec, note: Note) -> object:
 
     The import runs under a forked random state with seed 0, so that a model which the module builds at import is always the same.
 
-    Args:
-        note: gets one line for each import.
-
     Raises:
         TargetError: no such file, module or attribute (the hint has close names), or the import fails.
     """
@@ -68,7 +65,7 @@ def build_meta(spec: Spec, note: Note) -> nn.Module:
     with imports.search(spec):
         attribute = _import(spec, note)
         if isinstance(attribute, nn.Module):
-            return _usable(spec, _instance(spec, attribute))
+            return _instance(spec, attribute)
         try:
             with forked(0):
                 model = _construct(spec, attribute, "meta")
@@ -80,12 +77,7 @@ def build_meta(spec: Spec, note: Note) -> nn.Module:
 
 
 def build(spec: Spec, seed: int, note: Note) -> nn.Module:
-    """The model with its constructor's values, on the CPU, the same for the same seed.
-
-    Args:
-        seed: the seed for torch's CPU generator, python's `random` and, if numpy is loaded, its global state.
-
-    An instance is returned as a deep copy.
+    """The model with its constructor's values, on the CPU, the same for the same seed. An instance is returned as a deep copy.
 
     Raises:
         TargetError: as `resolve`; the target needs arguments, fails, gives no nn.Module, has lazy parameters, or leaves tensors on meta.
@@ -95,7 +87,7 @@ def build(spec: Spec, seed: int, note: Note) -> nn.Module:
         with forked(seed):
             model: nn.Module
             if isinstance(attribute, nn.Module):
-                model = copied(_usable(spec, _instance(spec, attribute)), spec.text)
+                model = copied(_instance(spec, attribute), spec.text)
             else:
                 model = _usable(spec, _construct(spec, attribute, "cpu"))
             devices = {name: tensor.device.type for name, tensor in _tensors(model)}
@@ -195,14 +187,6 @@ def _is_model(value: object) -> bool:
     return isinstance(value, nn.Module) or (isinstance(value, type) and issubclass(value, nn.Module))
 
 
-def _instance(spec: Spec, model: nn.Module) -> nn.Module:
-    if spec.called:
-        raise TargetError(
-            "is a model already, not a class", path=spec.text, hint=f"leave out the arguments: {spec.module_or_file}:{spec.attribute}"
-        )
-    return model
-
-
 def _construct(spec: Spec, attribute: object, device: str) -> nn.Module:
     if not callable(attribute):
         file = getattr(sys.modules.get(spec.module_or_file), "__file__", None) or spec.file
@@ -254,6 +238,14 @@ def _call_that_fits(spec: Spec, signature: inspect.Signature) -> str | None:
     return f"{spec.module_or_file}:{spec.attribute}({', '.join(arguments)})"
 
 
+def _instance(spec: Spec, model: nn.Module) -> nn.Module:
+    if spec.called:
+        raise TargetError(
+            "is a model already, not a class", path=spec.text, hint=f"leave out the arguments: {spec.module_or_file}:{spec.attribute}"
+        )
+    return _usable(spec, model)
+
+
 def _usable(spec: Spec, model: nn.Module) -> nn.Module:
     lazy = next((name for name, tensor in _tensors(model) if is_lazy(tensor)), None)
     if lazy is not None:
@@ -273,7 +265,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Within the block, fill tensors that are allocated without values with the special NaN.
+    """Within the block, fill tensors that are allocated without values.
 
     >>> with marked():
     ...     is_unset(torch.empty(2)), is_unset(torch.zeros(2)), is_unset(torch.full((2,), float("nan")))

@@ -22,14 +22,11 @@ def numbers_of(model: nn.Module) -> dict[str, int]:
     """
     numbers: dict[str, int] = {}
     for name, names in (("heads", HEADS), ("kv_heads", KEY_HEADS)):
-        for values in (
-            list(_first_number(_config(model), names)),
-            [number for module in model.modules() for number in _first_number(module, names)],
-        ):
-            if len(set(values)) == 1:
-                numbers[name] = values[0]
-            if values:
-                break
+        values = list(_first_number(_config(model), names)) or [
+            number for module in model.modules() for number in _first_number(module, names)
+        ]
+        if len(set(values)) == 1:
+            numbers[name] = values[0]
     return numbers
 
 

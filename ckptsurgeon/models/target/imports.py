@@ -47,11 +47,7 @@ def search(spec: Spec) -> Iterator[None]:
 
 
 def load(spec: Spec, note: Callable[[str], None]) -> ModuleType:
-    """Import and return the spec's module; call it within `search(spec)`.
-
-    Raises:
-        TargetError: there is no such file or module (the hint has close names), or its import fails.
-    """
+    """Import and return the spec's module; call it within `search(spec)`. TargetError, with close names, where that fails."""
     return _load_file(spec, note) if spec.file else _load_module(spec, note)
 
 

@@ -7,7 +7,7 @@ gives what plain copying gives, so it doesn't count. Nothing is run here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
     >>> find_loaders(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), {})
     {}
     """
-    rows = [(path, module, changes) for path, module, changes in _modules(model) if changes is not None]
+    modules = model.named_modules(remove_duplicate=False)
+    rows = [(path, module, changes) for path, module in modules if (changes := _changes(path, module)) is not None]
     if not rows:
         return {}
     below: dict[str, set[str]] = {}
@@ -71,19 +72,12 @@ def storage_of(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool | None]]:
-    """Every module, with whether its loading code may change values; None for a module without such code."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        changes = _changes(module)
-        if not path and _overridden(module, "load_state_dict", (nn.Module.load_state_dict,)):
-            changes = True
-        yield path, module, changes
-
-
-def _changes(module: nn.Module) -> bool | None:
+def _changes(path: str, module: nn.Module) -> bool | None:
+    """Whether a module's loading code may change values; None for a module without such code."""
     hooks = [_module_and_name(getattr(hook, "hook", hook)) for hook in module._load_state_dict_pre_hooks.values()]
     hooks = [name for name in hooks if name != _WRAPPING and not name[0].startswith(_SHARDING)]
     own = hooks_after(module) or _overridden(module, "_load_from_state_dict", PLAIN)
+    own = own or (not path and _overridden(module, "load_state_dict", (nn.Module.load_state_dict,)))
     if own or any(name != _RENAMING for name in hooks):
         return True
     return False if hooks else None

@@ -47,10 +47,7 @@ class Named:
 
 
 def named(model: nn.Module) -> dict[str, Named]:
-    """The parameters by their first names, in the model's order.
-
-    Raises:
-        ModelError: a lazy parameter, which is replaced by another object at the first forward pass.
+    """The parameters by their first names, in the model's order. Raises ModelError for a lazy one, whose object is replaced later.
 
     >>> list(named(nn.Linear(3, 2)))
     ['weight', 'bias']
@@ -139,7 +136,7 @@ def _unwrapped(name: str, wrappers: Iterable[str]) -> str:
 
 
 def _live_state_dict(model: nn.Module) -> Mapping[str, Any]:
-    """The state_dict with the model's own tensors, if its `state_dict` takes `keep_vars`."""
+    """The state_dict with the model's own tensors, if it can have them."""
     parameters = inspect.signature(model.state_dict).parameters
     live = "keep_vars" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     state: Mapping[str, Any] = user_code.call(type(model).__name__, partial(model.state_dict, keep_vars=True) if live else model.state_dict)
@@ -203,17 +200,12 @@ def first_matching_pattern(
     """Assign candidates to patterns: the first pattern that matches any name of a candidate wins.
 
     Args:
-        patterns: matched against whole names.
         candidates: the first name of each candidate, with all its names.
         excluded: the names of parameters that are no candidates.
         excluded_kind: what the error message calls the excluded parameters.
 
-    Returns:
-        The first name of each matched candidate, with the pattern that it is assigned to.
-
     Raises:
         ModelError: a pattern matches no candidate; the error lists all such patterns.
-        RuleError: a malformed pattern.
 
     >>> first_matching_pattern(["b*", "*"], {"a": ["a"], "b": ["b"]}, [], "")
     {'b': 'b*', 'a': '*'}

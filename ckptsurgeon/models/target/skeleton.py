@@ -28,9 +28,7 @@ from ckptsurgeon.tensors import Checkpoint, TensorMeta
 def checkpoint_of(model: nn.Module, path: str, *, note: Callable[[str], None] | None = None) -> Checkpoint:
     """The model's state_dict as a `Checkpoint` of format `model`, in state_dict order, non-persistent buffers left out.
 
-    Args:
-        path: the checkpoint's path, usually the spec.
-        note: gets one line if the state_dict holds values that are not tensors.
+    `note` gets one line if the state_dict holds values that are not tensors.
 
     Raises:
         TargetError: a hook of the model failed.
@@ -124,7 +122,7 @@ def _is_numbers(value: object) -> bool:
 
 
 def state_dict_of(model: nn.Module, path: str) -> dict[str, Any]:
-    """The model's `state_dict()`; a `TargetError` with `path` if the user's hooks fail."""
+    """The model's `state_dict()`; TargetError, with `path`, if the user's hooks fail."""
     state_dict: dict[str, Any] = user_code.call(path, model.state_dict)
     return state_dict
 

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from ckptsurgeon.errors import CheckpointError, TargetError, no_memory
@@ -71,7 +70,7 @@ def innermost_line(error: BaseException) -> str | None:
     """`file:line` of the innermost frame in the user's code; without such a frame, of the innermost one outside of this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = _frames(error.__traceback__)
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     own = [frame for frame in frames if is_user_file(frame[0])]
     foreign = [frame for frame in frames if not _within(frame[0], _PACKAGE) and not frame[0].startswith("<")]
     chosen = (own or foreign)[-1:]
@@ -82,10 +81,6 @@ def innermost_line(error: BaseException) -> str | None:
 def is_user_file(filename: str) -> bool:
     """Whether a source file is the user's: not of the standard library, an installed package or this package."""
     return not filename.startswith("<") and not any(_within(filename, folder) for folder in (_PACKAGE, *_INSTALLED))
-
-
-def _frames(trace: TracebackType | None) -> list[tuple[str, int]]:
-    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
 
 
 def _within(filename: str, folder: str) -> bool:

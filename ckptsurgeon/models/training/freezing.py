@@ -11,7 +11,6 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial as bound
 
-import torch
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, printable
@@ -23,7 +22,7 @@ from ckptsurgeon.shown import Shown
 from ckptsurgeon.tensors import Checkpoint
 from ckptsurgeon.views.folding import fold_keys
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,7 +123,8 @@ def unfreeze(model: nn.Module, what: str | Iterable[str] = "**") -> Frozen:
 def thaw(model: nn.Module, parameters: Mapping[str, Named], chosen: Container[int]) -> Frozen:
     """`unfreeze` for the parameters and buffers whose ids are `chosen`; `parameters` is `named(model)`."""
     names = [first for first, parameter in parameters.items() if id(parameter.tensor) in chosen]
-    keys = tuple(first for first in names if not parameters[first].trainable and _learns(parameters[first].tensor))
+    frozen = ((first, parameters[first].tensor) for first in names if not parameters[first].trainable)
+    keys = tuple(first for first, tensor in frozen if tensor.is_floating_point() or tensor.is_complex())
     for first in keys:
         parameters[first].tensor.requires_grad_(True)
     modules = []
@@ -150,10 +150,6 @@ def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
     """Replaces the `train` of a layer kept in eval mode. A function in a `partial`, so that copies and pickles bind to the new layer."""
     layer.training = False
     return layer
-
-
-def _learns(parameter: torch.Tensor) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def is_patterns(what: object) -> bool:
@@ -194,11 +190,7 @@ def _knows_partial(what: object) -> bool:
 
 def _with_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that keep running statistics, by name."""
-    layers = {}
-    for name, layer in model.named_modules():
-        if any(layer._buffers.get(leaf) is not None for leaf in _STATISTICS[:2]):
-            layers[name] = layer
-    return layers
+    return {name: layer for name, layer in model.named_modules() if any(layer._buffers.get(leaf) is not None for leaf in _STATISTICS)}
 
 
 def _covered(layer: nn.Module, chosen: Container[int], *, by_record: bool) -> bool:
@@ -206,7 +198,7 @@ def _covered(layer: nn.Module, chosen: Container[int], *, by_record: bool) -> bo
 
     With a record, the statistics must be included too: fresh ones would give a layer in eval mode no usable statistics.
     """
-    statistics = [layer._buffers[leaf] for leaf in _STATISTICS[:2] if layer._buffers.get(leaf) is not None]
+    statistics = [layer._buffers[leaf] for leaf in _STATISTICS if layer._buffers.get(leaf) is not None]
     parameters = list(layer.parameters())
     has_statistics = all(id(tensor) in chosen for tensor in statistics)
     if not parameters:

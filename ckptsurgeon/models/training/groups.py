@@ -105,9 +105,8 @@ def param_groups(
         raise ModelError(
             "the model has no trainable parameter", hint="set requires_grad_(True) on what should learn" if parameters else None
         )
-    chosen = first_matching_pattern(
-        rates, {first: parameter.all_names for first, parameter in trainable.items()}, _frozen_names(parameters), "frozen"
-    )
+    frozen_names = [name for parameter in parameters.values() if not parameter.trainable for name in parameter.all_names]
+    chosen = first_matching_pattern(rates, {first: parameter.all_names for first, parameter in trainable.items()}, frozen_names, "frozen")
     refuse_unrecorded(keys, tensors, source, chosen, "pass its own record, or give it a rate by pattern: overrides={{'{}': 1e-2}}")
     undecayed = without_decay(model, no_decay)
     fresh_first = fresh_parameters(parameters, buffers, fresh, chosen) & trainable.keys() - chosen.keys()
@@ -204,10 +203,6 @@ def _group(
         "param_names": [first for first, _ in members],
         **{option: value for option, value in settings.items() if value is not None},
     }
-
-
-def _frozen_names(every: Mapping[str, Named]) -> list[str]:
-    return [name for parameter in every.values() if not parameter.trainable for name in parameter.all_names]
 
 
 def check_rates(rates: Mapping[str, float | None]) -> None:

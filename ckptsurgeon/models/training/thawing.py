@@ -139,7 +139,10 @@ class Thaw:
             ModelError: the optimizer has a scheduler that was not passed.
         """
         self._steps += 1
-        return self._catch_up(self._steps)
+        thawed: list[str] = []
+        while self._done < len(self.stages) and self.stages[self._done].at <= self._steps:
+            thawed += self._thaw_stage(self.stages[self._done]).keys
+        return tuple(thawed)
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save in a checkpoint.
@@ -169,12 +172,6 @@ class Thaw:
 
     def __str__(self) -> str:
         return "\n".join(f"{stage}{'' if number >= self._done else ' (thawed)'}" for number, stage in enumerate(self.stages))
-
-    def _catch_up(self, count: int) -> tuple[str, ...]:
-        thawed: list[str] = []
-        while self._done < len(self.stages) and self.stages[self._done].at <= count:
-            thawed += self._thaw_stage(self.stages[self._done]).keys
-        return tuple(thawed)
 
     def _thaw_stage(self, stage: Stage) -> Frozen:
         every = named(self._model)

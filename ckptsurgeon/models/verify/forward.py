@@ -42,10 +42,7 @@ def _input_hint(text: str) -> str | None:
 
 
 def parse_input(text: str) -> tuple[tuple[int, ...], DType]:
-    """An input's shape and dtype; without a dtype it is F32. The dtype is safetensors' code or torch's name.
-
-    Raises:
-        ModelError: the text is not of this form.
+    """An input's shape and dtype; without a dtype it is F32. ModelError for a text of another form.
 
     >>> shape, dtype = parse_input("1x16:I64")
     >>> shape, dtype.code
@@ -119,7 +116,6 @@ def tensors_of(outputs: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _walk(path: str, value: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested outputs, with its path: `output`, `output[0]`, `output.logits`."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif depth < _DEEPEST:

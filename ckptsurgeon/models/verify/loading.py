@@ -61,10 +61,7 @@ class _Account:
 
 
 def load_strictly(model: nn.Module, checkpoint: Checkpoint, skeleton: Checkpoint) -> Loaded:
-    """Load `checkpoint` into `model`, in place.
-
-    Args:
-        skeleton: the model's state_dict before loading.
+    """Load `checkpoint` into `model`, in place, whose state_dict is `skeleton` before.
 
     Returns:
         Findings of `misfits`, and of the codes `load` (a reader or `load_state_dict` failed: an error, or a note where other

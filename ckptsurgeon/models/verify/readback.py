@@ -66,11 +66,7 @@ def differences(dtype: str, value: torch.Tensor, data: BytesLike) -> Differences
     wrong, first, nans, infinities = 0, None, 0, 0
     for start in range(0, own.numel(), PIECE):
         model_chunk, file_chunk = own[start : start + PIECE], file[start : start + PIECE]
-        unlike = (
-            _unlike(model_chunk, file_chunk)
-            if model_chunk.dtype == file_chunk.dtype
-            else _unlike_after_cast(model_chunk, file_chunk.to(model_chunk.dtype))
-        )
+        unlike = _unlike(model_chunk, file_chunk)
         if unlike is not None:
             wrong += int(unlike.sum())
             first = start + int(unlike.to(torch.uint8).argmax()) if first is None else first
@@ -108,17 +104,14 @@ def _flat(data: BytesLike) -> torch.Tensor:
 
 
 def _unlike(model: torch.Tensor, file: torch.Tensor) -> torch.Tensor | None:
-    """A mask of the elements that differ in any byte; None if none does."""
+    """A mask of the elements that differ in any byte; None if none does. After a cast all NaNs are equal, since a cast on a device need not
+    keep their payload."""
+    is_cast, file = model.dtype != file.dtype, file.to(model.dtype)
     model_bytes, file_bytes = _flat(memory_of(model)), file.view(torch.uint8)
     if torch.equal(model_bytes, file_bytes):
         return None
-    return (model_bytes != file_bytes).view(model.numel(), -1).any(dim=1)
-
-
-def _unlike_after_cast(model: torch.Tensor, file: torch.Tensor) -> torch.Tensor | None:
-    """As `_unlike`, but all NaNs are equal, since a cast on a device need not keep their payload."""
-    unlike = _unlike(model, file)
-    if unlike is None or not (model.is_floating_point() or model.is_complex()):
+    unlike = (model_bytes != file_bytes).view(model.numel(), -1).any(dim=1)
+    if not is_cast or not (model.is_floating_point() or model.is_complex()):
         return unlike
     unlike &= ~(torch.isnan(_wide(model)) & torch.isnan(_wide(file)))
     return unlike if bool(unlike.any()) else None

@@ -235,4 +235,4 @@ def available_devices() -> tuple[str, ...]:
 
 
 def _hint() -> str:
-    return f"{' or '.join(f'device={name!r}' for name in available_devices())}"
+    return " or ".join(f"device={name!r}" for name in available_devices())
