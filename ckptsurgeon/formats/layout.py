@@ -1,7 +1,10 @@
-"""The layout of a new file, as plain values: the formats make it, and `streaming` writes the file by it."""
+"""The layout of a new file, as plain values: the formats make it, and `streaming` writes the file by it; and the record that a merge writes
+about itself: its name in each format, and how it is read back.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +14,8 @@ from ckptsurgeon.dtypes import BY_CODE
 
 Chunk = tuple[int, bytes]  # offset in the file, bytes
 _LEAST = 1 << 20
+RECORD = "ckptsurgeon.json"  # the entry of a torch zip file
+RECORD_KEY = "ckptsurgeon"  # the key of a safetensors file's metadata
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -128,3 +133,13 @@ class OutFile:
     def nbytes(self) -> int:
         """The bytes of its tensors, those of tied ones once."""
         return sum(slot.nbytes for slot in self.layout.slots)
+
+
+def parse_provenance(raw: bytes | str) -> Mapping[str, Any] | None:
+    """A merge's record about itself; None where it can't be read, since a bad record is no reason to refuse weights."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    fresh = record.get("fresh") if isinstance(record, dict) else None
+    return record if isinstance(fresh, list) and all(isinstance(key, str) for key in fresh) else None

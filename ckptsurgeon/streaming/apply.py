@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon import __version__, formats
 from ckptsurgeon.errors import OutputError, PlanError, VerificationError
 from ckptsurgeon.formats import registry
-from ckptsurgeon.formats.layout import WEIGHTS, Contents, OutFile, OutTensor
-from ckptsurgeon.formats.provenance import RECORD
+from ckptsurgeon.formats.layout import RECORD, WEIGHTS, Contents, OutFile, OutTensor
 from ckptsurgeon.planning.own_loading.versions import unkept
 from ckptsurgeon.planning.plan_types import Plan, Step, digest, resolved
 from ckptsurgeon.progress import Share, phase

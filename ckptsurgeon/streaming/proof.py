@@ -23,9 +23,8 @@ from ckptsurgeon.storage.opening import OpenFiles, open_regular
 from ckptsurgeon.storage.pieces import runs
 from ckptsurgeon.streaming.checksums import append
 from ckptsurgeon.streaming.in_threads import in_threads
-from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.step_values import Shared
+from ckptsurgeon.streaming.step_values import Ranges, Shared
 from ckptsurgeon.tensors import Span, TensorMeta
 
 _DIFFER = "its bytes differ"

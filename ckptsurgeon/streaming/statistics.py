@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.matching.evidence.value_evidence import Stats, noise_share
 from ckptsurgeon.progress import Advance, phase
-from ckptsurgeon.streaming.losses import floats
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import PIECE, Buffer, tensor_from
+from ckptsurgeon.streaming.values import PIECE, Buffer, floats, tensor_from
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 if TYPE_CHECKING:

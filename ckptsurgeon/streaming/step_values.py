@@ -1,30 +1,72 @@
 """The values of a plan's steps: ranges of files that are copied as they are, or bytes that are made, part by part.
 
 Nothing is decided or written here. A cast or a strided tensor goes through torch in chunks; the caller passes initial values.
+
+A chain of ops moves ranges where no byte has to be brought into memory: on dense row-major tensors of one dtype, where each adapter says
+which ranges of its inputs' elements a result consists of. Where one says nothing, or they do not lie together, the tensors go through
+torch.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.adapters.chain import made_dtype
+from ckptsurgeon.adapters.chain import infer_chain, made_dtype
 from ckptsurgeon.adapters.table import UserKernel, adapter_of
-from ckptsurgeon.dtypes import BY_TORCH
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.layout import Origin
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.files import OpenFile
+from ckptsurgeon.storage.pieces import merged, runs
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
-from ckptsurgeon.streaming.moved_ranges import Ranges, ranges_of
+from ckptsurgeon.streaming.bands import side_by_side
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.values import Buffer, cast, tensor_from
-from ckptsurgeon.tensors import Checkpoint, TensorMeta
+from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
 
 if TYPE_CHECKING:
     import torch
+
+Ranges = tuple[Span, ...]
+
+
+def _between(ranges: Ranges, ends: Sequence[int], start: int, stop: int) -> Iterator[Span]:
+    """The bytes from `start` to `stop` of what the ranges are together; `ends` says where in it each of them ends."""
+    for number in range(bisect_right(ends, start), bisect_left(ends, stop) + 1 if start < stop else 0):
+        each = ranges[number]
+        begin = ends[number] - each.nbytes
+        first, last = max(start - begin, 0), min(stop - begin, each.nbytes)
+        yield replace(each, offset=each.offset + first, nbytes=last - first)
+
+
+def ranges_of(tensors: Sequence[TensorMeta], ops: Sequence[Mapping[str, Any]]) -> Ranges | None:
+    """The ranges of bytes that a chain of filled ops makes of dense tensors, one after the other; None where values change or scatter, or
+    where the ranges of one are too short to be copied one by one."""
+    dense = [tensor for tensor in tensors if tensor.as_stored and tensor.place is not None and not side_by_side(tensor)]
+    given: list[Ranges] = [tuple(runs(tensor)) for tensor in dense] if len(dense) == len(tensors) else []
+    if len(given) < len(tensors) or len({tensor.dtype for tensor in tensors}) != 1:
+        return None
+    if not ops:
+        return given[0] if len(given) == 1 else None
+    shapes, size = tuple(tensor.shape for tensor in tensors), BY_CODE[tensors[0].dtype].size
+    for op in ops:
+        taken = adapter_of(op).ranges
+        found = [None] if taken is None else taken(op, shapes)
+        kept = [row for row in found if row is not None]
+        if len(kept) < len(found):
+            return None
+        ends = [list(accumulate(each.nbytes for each in ranges)) for ranges in given]
+        given = [
+            tuple(part for at, start, stop in row for part in _between(given[at], ends[at], start * size, stop * size)) for row in kept
+        ]
+        shapes = infer_chain([op], shapes)
+    return tuple(merged(given[0])) if len(given) == 1 else None
 
 
 @dataclass(frozen=True)

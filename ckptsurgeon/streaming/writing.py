@@ -21,9 +21,8 @@ from ckptsurgeon.storage.pieces import merged
 from ckptsurgeon.streaming.atomic import Temporary
 from ckptsurgeon.streaming.checksums import append
 from ckptsurgeon.streaming.in_threads import in_threads
-from ckptsurgeon.streaming.moved_ranges import Ranges
 from ckptsurgeon.streaming.proof import Expected, prove
-from ckptsurgeon.streaming.step_values import Run, Shared
+from ckptsurgeon.streaming.step_values import Ranges, Run, Shared
 from ckptsurgeon.tensors import Span, TensorMeta, contiguous_stride
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from ckptsurgeon.storage import copying, pieces
 from ckptsurgeon.storage.opening import open_regular
 from ckptsurgeon.storage.pieces import merged, runs, tiled
 from ckptsurgeon.streaming import sampling
-from ckptsurgeon.streaming.moved_ranges import ranges_of
 from ckptsurgeon.streaming.reading import Reader
+from ckptsurgeon.streaming.step_values import ranges_of
 from ckptsurgeon.tensors import Checkpoint, Packed, Piece, Span, TensorMeta, contiguous_stride, find_ties
 
 DTYPES = {"U8": np.uint8, "I16": np.int16, "F32": np.float32, "F64": np.float64}

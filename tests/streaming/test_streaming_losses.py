@@ -16,8 +16,7 @@ from profiles import examples
 
 from ckptsurgeon.dtypes import BY_CODE, TABLE
 from ckptsurgeon.report import Cast
-from ckptsurgeon.streaming.losses import losses_of_any, losses_of_finite
-from ckptsurgeon.streaming.values import cast, memory_of, tensor_from
+from ckptsurgeon.streaming.values import cast, losses_of_any, losses_of_finite, memory_of, tensor_from
 
 Exact = Fraction | float  # a float where it is NaN or infinite
 CODES = [row.code for row in TABLE]

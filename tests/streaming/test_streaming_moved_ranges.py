@@ -18,7 +18,7 @@ from ckptsurgeon.adapters.chain import infer_chain
 from ckptsurgeon.adapters.table import adapter_of
 from ckptsurgeon.errors import RuleError
 from ckptsurgeon.planning import roots
-from ckptsurgeon.streaming.moved_ranges import ranges_of
+from ckptsurgeon.streaming.step_values import ranges_of
 from ckptsurgeon.tensors import Checkpoint
 
 Op = dict[str, Any]

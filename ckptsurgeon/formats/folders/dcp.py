@@ -21,8 +21,8 @@ from ckptsurgeon.formats.folders.blobs import Blobs
 from ckptsurgeon.formats.folders.dcp_metadata import Blob, Contents, TensorRow, combined, parse
 from ckptsurgeon.formats.folders.hf_folder import check_link, member
 from ckptsurgeon.formats.json_text import whole
+from ckptsurgeon.formats.layout import RECORD, parse_provenance
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, plain
-from ckptsurgeon.formats.provenance import RECORD, parse_provenance
 from ckptsurgeon.formats.zip_directory import read_directory
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile, Window

@@ -16,10 +16,9 @@ from typing import Any
 
 from ckptsurgeon.dtypes import BY_CODE, SAFETENSORS_RANK
 from ckptsurgeon.errors import FormatError, OutputError
-from ckptsurgeon.formats import provenance as provenances
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.json_text import bounded, integer, parse, short
-from ckptsurgeon.formats.layout import WEIGHTS, Contents, Layout, Origin, OutTensor, Slot, follows_origins
+from ckptsurgeon.formats.layout import RECORD_KEY, WEIGHTS, Contents, Layout, Origin, OutTensor, Slot, follows_origins, parse_provenance
 from ckptsurgeon.limit_table import allowed, exceeded
 from ckptsurgeon.storage.files import OpenFile
 from ckptsurgeon.storage.platform import BLOCK
@@ -43,7 +42,7 @@ def read(file: OpenFile) -> Archive:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("has a __metadata__ that is not a map from text to text", path=file.path)
     tensors = _tensors(file, header, 8 + length)
-    provenance = metadata.get(provenances.METADATA)
+    provenance = metadata.get(RECORD_KEY)
     return Archive(
         path=file.path,
         format="safetensors",
@@ -52,7 +51,7 @@ def read(file: OpenFile) -> Archive:
         state_dicts=(StateDict("", tensors),),
         metadata=metadata,
         part=parts.of_safetensors(file.path, metadata),
-        provenance=provenances.parse_provenance(provenance) if provenance else None,
+        provenance=parse_provenance(provenance) if provenance else None,
     )
 
 
@@ -143,7 +142,7 @@ def layout_of(contents: Contents) -> Layout:
     if contents.entries:
         key = next(iter(contents.entries))
         raise OutputError("is no tensor, and safetensors holds nothing else", key=key, hint="write a .pt file instead")
-    record = {} if contents.record is None else {provenances.METADATA: contents.record}
+    record = {} if contents.record is None else {RECORD_KEY: contents.record}
     return lay_out(contents.tensors, {"format": "pt", **contents.aliases, **record})
 
 

@@ -31,11 +31,9 @@ from ckptsurgeon.progress import nobody, phase
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.pieces import Block
 from ckptsurgeon.streaming.adapting import adapted_and_cast
-from ckptsurgeon.streaming.losses import added
-from ckptsurgeon.streaming.moved_ranges import ranges_of
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.step_values import with_data
-from ckptsurgeon.streaming.values import memory_of, tensor_from
+from ckptsurgeon.streaming.step_values import ranges_of, with_data
+from ckptsurgeon.streaming.values import added, memory_of, tensor_from
 from ckptsurgeon.streaming.writing import torn
 from ckptsurgeon.tensors import Checkpoint, Piece, Span, TensorMeta, contiguous_stride
 

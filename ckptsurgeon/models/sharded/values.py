@@ -17,9 +17,8 @@ import torch
 from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.report import Cast
 from ckptsurgeon.storage.pieces import Block
-from ckptsurgeon.streaming.losses import added
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import cast, memory_of, tensor_from
+from ckptsurgeon.streaming.values import added, cast, memory_of, tensor_from
 from ckptsurgeon.tensors import TensorMeta
 
 BAND = 16 << 20  # bytes of a block that are in memory at a time

@@ -252,8 +252,8 @@ def _prefixes(name: str) -> list[str]:
 
 
 def own_depths(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, dict[str, int]] | None:
-    """The outermost module with a usable `group_matcher` that contains most of the model's elements: its path with a dot at its end, and the
-    depth of each of its parameters, from 0; None if there is no such module. `sizes` are by names without wrappers' segments."""
+    """The outermost module with a usable `group_matcher` and most of the model's elements: its path with a dot at its end, and the depth of
+    each of its parameters, from 0; None if there is no such module. `sizes` are by names without wrappers' segments."""
     total = sum(sizes.values())
     for path, module in modules_by_path(model).items():
         prefix = f"{path}." if path else ""
