@@ -46,14 +46,6 @@ _DCP_FILE = re.compile(r".+\.distcp|(?:__\d+)?\.metadata")
 _DCP_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
-def _is_dcp_safetensors(name: str) -> bool:
-    return _DCP_SAFETENSORS.fullmatch(name) is not None
-
-
-def _is_dcp(name: str) -> bool:
-    return _DCP_FILE.fullmatch(name) is not None
-
-
 @dataclass(frozen=True, slots=True)
 class Format:
     """A format of files.
@@ -89,7 +81,7 @@ class Format:
     saved: tuple[str, ...] = ()
     in_folder: str = ""
     shards: str = ""
-    member: Callable[[str], bool] = _never
+    member: Callable[[str], object] = _never
     joined: bool = False
     index: bool = False
     pickled: bool = False
@@ -146,8 +138,10 @@ TABLE: tuple[Format, ...] = (
     Format("torch-legacy", "torch.legacy", _is_pickle, family="torch", shards="torch-shards", pickled=True, official="torch"),
     Format("torch-shards", "folders.hf_shards", family="torch", index=True, official="torch"),
     Format("skeleton", "plain.skeleton", _is_json),
-    Format("dcp", "folders.dcp", member=_is_dcp, joined=True, saved=("__0_0.distcp", ".metadata"), official="dcp"),
-    Format("dcp-safetensors", "folders.dcp_safetensors", family="safetensors", member=_is_dcp_safetensors, official="dcp-safetensors"),
+    Format("dcp", "folders.dcp", member=_DCP_FILE.fullmatch, joined=True, saved=("__0_0.distcp", ".metadata"), official="dcp"),
+    Format(
+        "dcp-safetensors", "folders.dcp_safetensors", family="safetensors", member=_DCP_SAFETENSORS.fullmatch, official="dcp-safetensors"
+    ),
     Format("npz", "plain.npz", _is_zip_of_arrays, official="numpy"),  # no suffix: most .npz files in a folder are no checkpoints
 )
 BY_NAME: Mapping[str, Format] = MappingProxyType({row.name: row for row in TABLE})

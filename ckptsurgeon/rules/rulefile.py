@@ -69,7 +69,8 @@ def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set
     text = _WRITTEN.sub(lambda match: match[0] if "\n" not in match[0] else "\n" * match[0].count("\n"), text)
     lines = text.split("\n")
     lines_by_name = _lines_by_name(lines)
-    known = {name: tables for name, tables in value.items() if _tables(name, tables)}
+    lists = {name: tables for name, tables in value.items() if name in FORMS and type(tables) is list}
+    known = {name: tables for name, tables in lists.items() if all(type(row) is dict for row in tables)}
     defined, problems = _numbers(value, lines_by_name)
     problems += [f"line {_line_of(lines_by_name, name)}: {_unknown(name)}" for name in value if name not in known and name != SET]
     numbers, filled = {**defined, **numbers}, set[str]()
@@ -95,7 +96,9 @@ def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set
     unused = [name for name in defined if name not in filled]
     problems += [f"line {_line_of(lines_by_name, name)}: [{SET}] has {name!r}, and no rule uses it" for name in unused]
     if problems:
-        raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=_example(rows))
+        example = 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
+        hint = "ckptsurgeon guide rules" if rows else example
+        raise RuleError("has rules that are not well formed", path=path, problems=shortened(problems), hint=hint)
     if used is not None:
         used |= filled
     return tuple(rules)
@@ -110,10 +113,6 @@ def _numbers(value: Mapping[str, Any], lines_by_name: Mapping[str, Sequence[int]
         return variables.checked(table), []
     except RuleError as error:
         return {}, [f"line {_line_of(lines_by_name, SET)}: [{SET}]: {error.reason}"]
-
-
-def _tables(name: str, value: Any) -> bool:
-    return name in FORMS and type(value) is list and all(type(row) is dict for row in value)
 
 
 def _unknown(name: str) -> str:
@@ -219,10 +218,6 @@ def _malformed(rule: Rule, path: str) -> tuple[list[str], int]:
         raise
 
 
-def _example(rows: Sequence[object]) -> str | None:
-    return "ckptsurgeon guide rules" if rows else 'a rule is: [[rename]], then from = "fc2.{p}" and to = "dense2.{p}" on lines of their own'
-
-
 def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
     """Rules as the text of a rules file, from which `parse_rules` reads the same rules. `comments` has the comment above each rule, or "".
 
@@ -232,13 +227,8 @@ def to_toml(rules: Iterable[Rule], comments: Iterable[str] = ()) -> str:
     to = "dense2.{p}"
     <BLANKLINE>
     """
-    texts = chain(comments, repeat(""))
-    return "\n".join("\n".join([*_comment(next(texts)), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
-
-
-def _comment(text: str) -> Iterator[str]:
-    """The lines of a comment. Unprintable characters of keys are escaped, so that none ends the line."""
-    return (f"# {printable(line)}" for line in text.splitlines() or ())
+    above = ([f"# {printable(line)}" for line in text.splitlines()] for text in chain(comments, repeat("")))
+    return "\n".join("\n".join([*next(above), f"[[{rule.kind}]]", *_fields(rule), ""]) for rule in rules)
 
 
 def _fields(rule: Rule) -> Iterator[str]:

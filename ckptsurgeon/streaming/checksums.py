@@ -207,6 +207,7 @@ def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
     if not wrong:
         return
     first = wrong[0].file
+    in_memory = any(file.path == first and file.data is not None for checkpoint in checkpoints for file in checkpoint.files)
     problems = dict.fromkeys(
         f"{key}: its storage {span.storage}{f' in {span.file}' if span.file != first else ''} has another checksum"
         for key, span in keys_in(wrong, checkpoints)
@@ -215,25 +216,15 @@ def refuse(wrong: Sequence[Span], checkpoints: Iterable[Checkpoint]) -> None:
         "has data that is not what its own checksum says",
         path=first,
         problems=shortened(problems),
-        hint="copy or download it again"
-        + (f"; see all that is wrong: ckptsurgeon check --full {shlex.quote(first)}" if not _in_memory(first, checkpoints) else ""),
+        hint="copy or download it again" + ("" if in_memory else f"; see all that is wrong: ckptsurgeon check --full {shlex.quote(first)}"),
     )
-
-
-def _in_memory(path: str, checkpoints: Iterable[Checkpoint]) -> bool:
-    return any(file.path == path and file.data is not None for checkpoint in checkpoints for file in checkpoint.files)
-
-
-def wrong_spans(reader: Reader, spans: Sequence[Span]) -> list[Span]:
-    """The spans whose entries differ from their checksums."""
-    with checking(reader, spans) as wrong:
-        pass
-    return wrong
 
 
 def check_all(reader: Reader, checkpoints: Iterable[Checkpoint]) -> None:
     """Compare all that a reader has read so far with its checksums; FormatError, naming every key, where it is damaged."""
-    refuse(wrong_spans(reader, tuple(reader.entries().values())), checkpoints)
+    with checking(reader, tuple(reader.entries().values())) as wrong:
+        pass
+    refuse(wrong, checkpoints)
 
 
 Place = tuple[str, int]  # a file's path, and where in it an entry begins

@@ -220,13 +220,13 @@ def _overflowed(before: torch.Tensor, after: torch.Tensor, of: Cast) -> torch.Te
     if kind == "bool":
         return torch.zeros(before.shape, dtype=torch.bool)
     if kind != "int":
-        value = wide(before)
-        beyond = (value.abs() >= _limit(after.dtype)) & (wide(after) != value)
-        return (_finite(before) & ~_finite(after)) | beyond | ((value < 0) & (wide(after) > 0))
+        value = before.double()
+        beyond = (value.abs() >= _limit(after.dtype)) & (after.double() != value)
+        return (_finite(before) & ~_finite(after)) | beyond | ((value < 0) & (after.double() > 0))
     info = torch.iinfo(after.dtype)
     if before.is_floating_point():
         # 2**63 itself is a float, the largest integer below it is not.
-        whole = wide(before).trunc()
+        whole = before.double().trunc()
         return ~_finite(before) | (whole < float(info.min)) | (whole >= float(info.max) + 1.0)
     if before.dtype == torch.uint64:  # as signed, what is beyond 2**63 is below zero
         return (before.view(torch.int64) < 0) | (before.view(torch.int64) > min(info.max, _MOST))
@@ -238,7 +238,7 @@ def _truncated(before: torch.Tensor, of: Cast) -> torch.Tensor:
     import torch
 
     kind = BY_CODE[of.target_dtype].kind
-    value = wide(before)
+    value = before.double()
     if kind == "bool":
         return (value != 0) & (value != 1)
     return (value != value.trunc()) if kind == "int" else torch.zeros(before.shape, dtype=torch.bool)
@@ -247,7 +247,7 @@ def _truncated(before: torch.Tensor, of: Cast) -> torch.Tensor:
 def _difference(before: torch.Tensor, after: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The absolute difference, and where the two are the same, NaN like NaN."""
     if after is None:
-        return wide(before).abs(), before == 0
+        return before.double().abs(), before == 0
     (high, low), (other, more) = _sum(before), _sum(after)
     error = high - other
     for rest, sign in ((low, 1), (more, -1)):
@@ -268,12 +268,7 @@ def _sum(tensor: torch.Tensor) -> Sum:
     if tensor.dtype == torch.uint64:
         bits = tensor.view(torch.int64)
         return ((bits >> 32) & (_HALF - 1)).double() * _HALF, (bits & (_HALF - 1)).double()
-    return wide(tensor), None
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as float64, which holds all but 64-bit integers exactly."""
-    return tensor.double()
+    return tensor.double(), None
 
 
 def floats(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -296,7 +291,7 @@ def _table(narrow: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return torch.isfinite(wide(tensor)) if tensor.is_floating_point() else torch.ones(tensor.shape, dtype=torch.bool)
+    return torch.isfinite(tensor.double()) if tensor.is_floating_point() else torch.ones(tensor.shape, dtype=torch.bool)
 
 
 def _limit(dtype: torch.dtype) -> float:

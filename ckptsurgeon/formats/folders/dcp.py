@@ -96,9 +96,13 @@ def contents_of(folder: str, names: Collection[str]) -> Contents:
 
 def _metadata(folder: str, names: Collection[str]) -> list[tuple[FileStamp, bytes]]:
     """The bytes of `.metadata`, or of each rank's; UnreadableError where the save never finished."""
-    metadata_names = [METADATA] if METADATA in names else sorted(filter(_RANK.fullmatch, names), key=_rank)
+    metadata_names = (
+        [METADATA] if METADATA in names else sorted(filter(_RANK.fullmatch, names), key=lambda name: int(name[2 : -len(METADATA)]))
+    )
     if not metadata_names:
-        raise _unfinished(folder, names)
+        early = f"{METADATA}.tmp is there" if f"{METADATA}.tmp" in names else f"it has no {METADATA}"
+        words = f"is a save of torch.distributed.checkpoint that never finished: {early}, and {METADATA} is written last"
+        raise UnreadableError(words, path=folder, hint="give the folder of an earlier step")
     files: list[tuple[FileStamp, bytes]] = []
     for name in metadata_names:
         with _opened(folder, name) as file:
@@ -133,10 +137,6 @@ def _about(contents: Contents, names: Collection[str]) -> Iterator[str]:
         yield "Lightning's: meta.pt beside it has what is no tensor, such as hyper-parameters and the step"
 
 
-def _rank(name: str) -> int:
-    return int(name[2 : -len(METADATA)])
-
-
 def _whole(file: OpenFile, before: int) -> bytes:
     """The bytes of a `.metadata`; those of other ranks had `before` bytes together."""
     nbytes = before + file.size
@@ -146,15 +146,6 @@ def _whole(file: OpenFile, before: int) -> bytes:
         words = f"is a .metadata of {nbytes} bytes, above the limit of {most}: {cost}"
         raise exceeded("dcp-metadata-bytes", words, nbytes, path=file.path)
     return file.read(0, file.size)
-
-
-def _unfinished(folder: str, names: Collection[str]) -> UnreadableError:
-    early = f"{METADATA}.tmp is there" if f"{METADATA}.tmp" in names else f"it has no {METADATA}"
-    return UnreadableError(
-        f"is a save of torch.distributed.checkpoint that never finished: {early}, and {METADATA} is written last",
-        path=folder,
-        hint="give the folder of an earlier step",
-    )
 
 
 def _files(blobs: Iterable[Blob]) -> list[str]:

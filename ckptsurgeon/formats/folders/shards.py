@@ -44,14 +44,9 @@ def split(
         if current and size + nbytes > most:
             shards.append(current)
             current, size = [], 0
-        current = [*current, *group] if len(group) > 1 else _with(current, group[0])
+        current += group
         size += nbytes
     return [*shards, current] if current or not shards else shards
-
-
-def _with(shard: list[OutTensor], tensor: OutTensor) -> list[OutTensor]:
-    shard.append(tensor)
-    return shard
 
 
 def _groups(tensors: Sequence[OutTensor], tied: Callable[[OutTensor], Iterable[Hashable]]) -> list[list[OutTensor]]:

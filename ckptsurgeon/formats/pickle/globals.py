@@ -172,10 +172,6 @@ def _counter(args: tuple[Any, ...]) -> PickledDict | Inert:
     return _dict(args) if not args or type(args[-1]) is PickledDict else Inert("collections.Counter", args)
 
 
-def _defaultdict(args: tuple[Any, ...]) -> PickledDict | Inert:
-    return _dict(args[1:])
-
-
 def _size(args: tuple[Any, ...]) -> tuple[Any, ...] | Inert:
     (numbers,) = args or ((),)
     if type(numbers) not in (list, tuple) or any(type(number) is not int for number in numbers):
@@ -187,10 +183,6 @@ def _opaque(what: str) -> Callable[[tuple[Any, ...]], Opaque]:
     return lambda _args: Opaque(what)
 
 
-def _complex(args: tuple[Any, ...]) -> complex:
-    return complex(*[float(arg) for arg in args[:2]])
-
-
 def _encode(args: tuple[Any, ...]) -> Encoded:
     # Python imports any other codec by its name, and a codec need not return bytes.
     text, codec = args
@@ -200,10 +192,6 @@ def _encode(args: tuple[Any, ...]) -> Encoded:
     if not text.isascii():
         text.encode(codec)  # raises for text that the codec can't encode, as Python does
     return Encoded(text, codec)
-
-
-def _numpy_dtype(args: tuple[Any, ...]) -> NumpyDType:
-    return NumpyDType(args[0]) if type(args[0]) is str else NumpyDType("?")
 
 
 _SCALARS = {
@@ -232,12 +220,12 @@ def _numpy_buffer(args: tuple[Any, ...]) -> NumpyArray:
 # By name: the function that builds the value, and why that is harmless.
 ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "collections.OrderedDict": (_dict, "the state_dict itself"),
-    "collections.defaultdict": (_defaultdict, "a plain dict; its factory is never called"),
+    "collections.defaultdict": (lambda args: _dict(args[1:]), "a plain dict; its factory is never called"),
     "collections.Counter": (_counter, "a plain dict (training loops keep counts)"),
     "builtins.dict": (_dict, "a plain dict"),
     "builtins.set": (_opaque("a set"), "a plain container; its members are left alone"),
     "builtins.frozenset": (_opaque("a set"), "a plain container; its members are left alone"),
-    "builtins.complex": (_complex, "a number"),
+    "builtins.complex": (lambda args: complex(*map(float, args[:2])), "a number"),
     "torch._utils._rebuild_tensor": (_tensor_v2, "a tensor over a storage (before torch 0.4)"),
     "torch._utils._rebuild_tensor_v2": (_tensor_v2, "a tensor over a typed storage"),
     "torch._utils._rebuild_tensor_v3": (_tensor_v3, "a tensor over an untyped storage"),
@@ -249,7 +237,7 @@ ALLOWED: dict[str, tuple[Callable[[tuple[Any, ...]], Any], str]] = {
     "torch.device": (_opaque("a device"), "the name of a device"),
     "torch.serialization._get_layout": (_opaque("a memory layout"), "the name of a memory layout"),
     "_codecs.encode": (_encode, "how protocol 2 spells bytes, by one of two codecs that are built in"),
-    "numpy.dtype": (_numpy_dtype, "the name of a dtype"),
+    "numpy.dtype": (lambda args: NumpyDType(args[0] if type(args[0]) is str else "?"), "the name of a dtype"),
     "numpy.core.multiarray.scalar": (_numpy_scalar, "a number"),
     "numpy._core.multiarray.scalar": (_numpy_scalar, "a number"),
     "numpy.core.multiarray._reconstruct": (_numpy_array, "an array; its bytes are left alone"),

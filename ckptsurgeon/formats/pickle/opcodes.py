@@ -27,10 +27,6 @@ def _pop(m: Machine) -> None:
         m.stack = m.outer.pop()
 
 
-def _pop_mark(m: Machine) -> None:
-    m.pop_mark()
-
-
 def _build(m: Machine) -> None:
     state = m.stack.pop()
     target = m.stack[-1]
@@ -77,14 +73,8 @@ def _extend(m: Machine, items: list[Any]) -> None:
         raise FormatError(f"the pickle appends to {describe(target)}")
 
 
-def _append(m: Machine) -> None:
-    item = m.stack.pop()
-    _extend(m, [item])
-
-
 def _appends(m: Machine) -> None:
-    items = m.pop_mark()
-    _extend(m, items)
+    _extend(m, m.pop_mark())
 
 
 def _set(m: Machine, target: Any, items: list[Any]) -> None:
@@ -142,25 +132,13 @@ def _newobj_ex(m: Machine) -> None:
     m.stack[-1] = create(m.stack[-1], args) if not kwargs else Inert(describe(m.stack[-1]), (args, kwargs))
 
 
-def _global(m: Machine) -> None:
-    module = m.line().decode("utf-8", "replace")
-    m.push_global(module, m.line().decode("utf-8", "replace"))
-
-
 def _stack_global(m: Machine) -> None:
     name, module = m.stack.pop(), m.stack.pop()
     m.push_global(module, name)
 
 
 def _extension(size: int) -> Callable[[Machine], None]:
-    def handler(m: Machine) -> None:
-        m.push_global("copyreg", f"extension_{m.number(size)}")
-
-    return handler
-
-
-def _persistent_line(m: Machine) -> None:
-    m.stack.append(m.persistent(m.line().decode("ascii")))
+    return lambda m: m.push_global("copyreg", f"extension_{m.number(size)}")
 
 
 def _check_integer(length: int, what: str) -> None:
@@ -266,16 +244,16 @@ def _protocol(m: Machine) -> None:
         raise FormatError(f"the pickle is of protocol {version}, which no Python writes")
 
 
-RARE: dict[int, Callable[[Machine], None]] = {
+RARE: dict[int, Callable[[Machine], object]] = {
     ord("0"): _pop,
-    ord("1"): _pop_mark,
+    ord("1"): Machine.pop_mark,
     ord("2"): lambda m: m.stack.append(m.stack[-1]),
     ord("F"): lambda m: m.stack.append(float(_number_line(m, _FLOAT))),
     ord("G"): lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0]),
     ord("I"): _int_line,
     ord("L"): lambda m: m.stack.append(int(_number_line(m, _INTEGER, b"L"))),
     ord("N"): lambda m: m.stack.append(None),
-    ord("P"): _persistent_line,
+    ord("P"): lambda m: m.stack.append(m.persistent(m.line().decode("ascii"))),
     ord("S"): _old_line,
     ord("T"): _old_text(4),
     ord("U"): _old_text(1),
@@ -283,7 +261,7 @@ RARE: dict[int, Callable[[Machine], None]] = {
     ord("C"): _bytes(1),
     ord("V"): lambda m: m.stack.append(m.line().decode("raw-unicode-escape")),
     ord("b"): _build,
-    ord("a"): _append,
+    ord("a"): lambda m: _extend(m, [m.stack.pop()]),
     ord("e"): _appends,
     ord("s"): _setitem,
     ord("u"): _setitems,
@@ -291,7 +269,7 @@ RARE: dict[int, Callable[[Machine], None]] = {
     ord("l"): _list,
     ord("]"): lambda m: m.stack.append([]),
     ord("}"): lambda m: m.stack.append(PickledDict()),
-    ord("c"): _global,
+    ord("c"): lambda m: m.push_global(m.line().decode("utf-8", "replace"), m.line().decode("utf-8", "replace")),
     ord("i"): _instance,
     ord("o"): _object,
     ord("g"): lambda m: m.stack.append(m.memo[_slot(m)]),

@@ -221,8 +221,7 @@ def _converted(value: Any, known: Known, depth: int) -> tuple[Any, int]:
     if kind is TensorRef:
         return Refused("an _extra_state with tensors inside other values"), 0
     if kind is Encoded:
-        raw = value.raw
-        return raw, len(raw)
+        return value.raw, len(value.raw)
     if kind not in (PickledDict, list, tuple):
         return Refused(refusal(value)), 0
     keys = value.keys() if kind is PickledDict else ()
@@ -274,10 +273,6 @@ def _is_optimizer(node: Any) -> bool:
     return type(node) is PickledDict and "state" in node and "param_groups" in node
 
 
-def _is_module(value: Any) -> bool:
-    return type(value) is Inert and isinstance(value.state, dict) and "_modules" in value.state
-
-
 def _join(dotted: str, name: str) -> str:
     return f"{dotted}.{name}" if dotted else name
 
@@ -305,7 +300,9 @@ def _names(path: str, dotted: str, node: Any) -> list[str]:
 def _nothing(path: str, value: Any, arrays: int) -> CheckpointError:
     """The error that says why a file has no state_dict, with a hint."""
     children = list(value.values()) if isinstance(value, dict) else []
-    whole = value if type(value) is Inert else next(filter(_is_module, children), None)
+    objects = (child for child in children if type(child) is Inert)
+    modules = (child for child in objects if isinstance(child.state, dict) and "_modules" in child.state)
+    whole = value if type(value) is Inert else next(modules, None)
     if whole is not None:
         return UnsafeError(
             f"holds a whole pickled object of {whole.name}, not a state_dict",

@@ -56,7 +56,9 @@ def read(file: OpenFile) -> Archive:
             raise FormatError("is in the skeleton twice", path=file.path, key=meta.name)
         tensors[meta.name] = meta
     ties = value.get("ties", [])
-    if not isinstance(ties, list) or not all(isinstance(group, list) and all(_is_key(key, tensors) for key in group) for group in ties):
+    if not isinstance(ties, list) or not all(
+        isinstance(group, list) and all(isinstance(key, str) and key in tensors for key in group) for group in ties
+    ):
         raise FormatError("is a skeleton whose ties name other keys than its own", path=file.path)
     entries = value.get("entries", [])
     metadata = value.get("module_metadata", {})
@@ -82,10 +84,6 @@ def _tensor(path: str, row: Any) -> TensorMeta:
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(integer, shape)) or prod(size or 1 for size in shape) >= 1 << 63:
         raise FormatError("has a shape that is not a list of non-negative integers", path=path, key=name)
     return TensorMeta(name, code, tuple(shape), contiguous_stride(tuple(shape)))
-
-
-def _is_key(key: Any, tensors: dict[str, TensorMeta]) -> bool:
-    return isinstance(key, str) and key in tensors
 
 
 def fingerprint(tensors: dict[str, TensorMeta], ties: tuple[tuple[str, ...], ...]) -> str:

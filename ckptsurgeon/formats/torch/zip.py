@@ -74,7 +74,10 @@ def _read(file: OpenFile) -> _Read:
             path=file.path,
             hint="where it is trusted: torch.save(torch.jit.load(path).state_dict(), 'out.pt')",
         )
-    if "byteorder" in by_name and _byteorder(file, by_name["byteorder"]) != b"little":
+    order = by_name.get("byteorder")
+    if order is not None and order.size > 16:
+        raise FormatError(f"has a byteorder of {order.size:,} bytes, where torch writes one word", path=file.path)
+    if order is not None and content(file, "byteorder", order, "pickle-bytes") != b"little":
         raise FormatError("was written on a big-endian machine", path=file.path, hint="load and save it again there, on torch 2.1 or newer")
     pickle = content(file, "data.pkl", by_name["data.pkl"], "pickle-bytes")
     inflated, most = sum(entry.size for entry in entries.values() if type(entry) is Packed), allowed("inflated-data-bytes", file.size)
@@ -85,30 +88,19 @@ def _read(file: OpenFile) -> _Read:
     digest.update(directory.raw)
     del directory
     storages: dict[str, StorageRef] = {}
-
-    def persistent(identity: Any) -> StorageRef:
-        return _storage(identity, storages)
-
     try:
-        pickled = run(pickle, 0, persistent)
+        pickled = run(pickle, 0, lambda identity: _storage(identity, storages))
         if pickled.end != len(pickle):
             raise FormatError("has bytes after its pickle")
         nbytes, notes = len(pickle), _notes(data, entries, len(by_name), storages)
         del pickle  # freed, as the entries below are, since a million of them take much memory
         spans = {key: _whole(file.path, storage, entries.pop(f"{data}{key}", None)) for key, storage in storages.items()}
     except TruncatedPickle as error:
-        hint = "copy or download it again"
-        early = FormatError("has a data.pkl that ends too early", path=file.path, hint=hint)
+        early = FormatError("has a data.pkl that ends too early", path=file.path, hint="copy or download it again")
         name_globals(early, error.globals)
         raise early from error
     unpacked = Unpacked(pickled.value, pickled.globals, lambda storage: spans[storage.key], nbytes)
     return _Read(unpacked, digest.hexdigest(), _provenance(file, by_name), notes)
-
-
-def _byteorder(file: OpenFile, entry: Entry) -> bytes:
-    if entry.size > 16:
-        raise FormatError(f"has a byteorder of {entry.size:,} bytes, where torch writes one word", path=file.path)
-    return content(file, "byteorder", entry, "pickle-bytes")
 
 
 def content(file: OpenFile, name: str, entry: Entry, limit: str) -> bytes:
