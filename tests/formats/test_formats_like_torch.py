@@ -314,6 +314,15 @@ def test_an_extra_state_is_torch_s_or_refused(nested: bool, value: Any, tmp_path
     assert not isinstance(found.state_dicts[0].entries.get("beside"), Refused) or type(value) is bytearray
 
 
+def test_a_frozenset_is_left_alone_in_every_protocol(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "_extra_state": frozenset([1]), "beside": [frozenset([1])]}
+    for protocol in (2, 4):
+        torch.save(state, tmp_path / "it.pt", pickle_protocol=protocol)
+        found = outcome(tmp_path / "it.pt")
+        assert isinstance(found, Archive)
+        assert list(found.state_dicts[0].tensors) == ["w"] and found.state_dicts[0].entries["_extra_state"] == Refused("a set")
+
+
 # --- views of storages, in the old format -----------------------------------------------------------------------------------------------
 
 

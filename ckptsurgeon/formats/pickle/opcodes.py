@@ -15,7 +15,7 @@ from typing import Any
 from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.pickle.globals import construct, create, describe, set_items
 from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle
-from ckptsurgeon.formats.pickle.values import Inert, NumpyArray, NumpyDType, PickledDict, TensorRef
+from ckptsurgeon.formats.pickle.values import Inert, NumpyArray, NumpyDType, Opaque, PickledDict, TensorRef
 from ckptsurgeon.limit_table import allowed, exceeded
 
 
@@ -238,6 +238,11 @@ def _list(m: Machine) -> None:
     m.stack.append(items)
 
 
+def _frozenset(m: Machine) -> None:
+    m.pop_mark()
+    m.stack.append(Opaque("a set"))
+
+
 def _protocol(m: Machine) -> None:
     version = m.number(1)
     if version > 5:
@@ -288,7 +293,7 @@ RARE: dict[int, Callable[[Machine], object]] = {
     0x8E: _bytes(8),
     0x8F: lambda m: m.stack.append(Inert("builtins.set")),  # its members are not needed, and hashing them could be slow
     0x90: _appends,
-    0x91: lambda m: m.stack.append(tuple(m.pop_mark())),
+    0x91: _frozenset,
     0x92: _newobj_ex,
     0x93: _stack_global,
     0x95: _frame,
