@@ -38,14 +38,10 @@ class ValueTree:
 
 
 def read_tree(source: Source) -> ValueTree:
-    """Everything in a torch file, without running any of it.
-
-    Args:
-        source: a torch zip or legacy file, or a folder of ranks' files: its path, or the file as it was seen.
+    """Everything in a torch zip or legacy file, or a folder of ranks' files, without running any of it.
 
     Raises:
         FormatError: a file of another format, which holds only tensors under names, or which can't be read.
-        UnreadableError, LimitError: as the reader's.
         StaleError: the file has changed since it was seen.
 
     >>> read_tree("fixtures/net_params.pkl").value["fc3.bias"].shape

@@ -13,15 +13,7 @@ from ckptsurgeon.storage.copying import BUFFER
 
 
 def inflated(parts: Iterable[bytes | memoryview], size: int, path: str, entry: str, at_once: int = BUFFER) -> Iterator[bytes]:
-    """The `size` bytes that a deflated zip entry holds, in parts of a few megabytes.
-
-    Args:
-        parts: the compressed bytes, in order.
-        path, entry: the file's path and the entry's name, for the error.
-        at_once: the most bytes of a returned part.
-
-    Raises:
-        FormatError: the stream is damaged, does not inflate to exactly `size` bytes, or has bytes after it.
+    """The `size` bytes that the deflated zip entry `entry` holds, in parts of at most `at_once` bytes; `parts` are the compressed bytes.
 
     >>> b"".join(inflated([bytes.fromhex("4b4c4a"), bytes.fromhex("0600")], 3, "it.pt", "data/0"))
     b'abc'

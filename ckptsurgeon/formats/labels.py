@@ -29,9 +29,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
     """The token or label of each row; None for a row that the file says nothing about.
 
     Raises:
-        UnreadableError: there is no such file, it is no regular file, or it may not be read.
-        LimitError: it has more than 64 MB.
-        FormatError: it has none of these forms, has a token or a number twice, or numbers far beyond the count of its tokens.
+        FormatError: the file has none of these forms, has a token or a number twice, or numbers far beyond the count of its tokens.
     """
     name = os.fspath(path)
     with open_regular(name) as file:

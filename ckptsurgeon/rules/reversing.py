@@ -57,7 +57,7 @@ def reverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
 
 
 def _width(rule: Rule) -> int:
-    """How many names a rule may match: 0 for one name, 1 for choices, 2 for other patterns. A narrow rule must come before a wider one."""
+    """How many names a rule may match: 0 for one, 1 for choices, 2 for other patterns. A narrow rule must come before a wider one."""
     keys = linked(rule)[0]
     return 1 if _choices(keys) else 2 if any(map(_parts, keys)) else 0
 

@@ -36,7 +36,7 @@ class Copied:
 
 
 def _no_progress(_nbytes: int) -> None:
-    """The default for `advance`: does nothing."""
+    pass
 
 
 def copy_range(

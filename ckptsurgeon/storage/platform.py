@@ -158,7 +158,7 @@ def locks() -> bool:
 
 
 def lock(fd: int) -> None:
-    """Lock a file for as long as it is open, where the system and the file system have locks."""
+    """Lock a file for as long as it is open, where there are locks."""
     if fcntl is not None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -175,12 +175,12 @@ def lock_at_once(fd: int) -> None:
 
 
 def is_mine(status: os.stat_result) -> bool:
-    """Whether a file belongs to this user; True where files have no owners."""
+    """Whether a file is this user's; True where files have no owners."""
     return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def sync_folder(folder: str) -> None:
-    """Sync a folder, so that a new name in it survives a power cut, where the system and the file system can."""
+    """Sync a folder, so that a new name in it survives a power cut, where that can be done."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC"))
@@ -194,7 +194,7 @@ def sync_folder(folder: str) -> None:
 
 
 def open_folder(folder: str) -> int | None:
-    """A descriptor of a folder, through which its permissions can be set; None where folders have none (Windows)."""
+    """A descriptor of a folder, to set its permissions; None where folders have none (Windows)."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _flags("O_CLOEXEC", "O_NOFOLLOW")) if hasattr(os, "O_DIRECTORY") else None
 
 
@@ -227,7 +227,7 @@ def exchange(first: str, second: str) -> bool:
 
 
 def set_mode(fd: int, path: str, mode: int) -> None:
-    """Set the permissions of an open file; by its path where the system can't by its descriptor."""
+    """Set the permissions of an open file."""
     if hasattr(os, "fchmod"):
         os.fchmod(fd, mode)
     else:

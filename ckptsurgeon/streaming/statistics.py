@@ -6,7 +6,6 @@ Rule: memory does not grow with a tensor's size, and a tensor with values that a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptsurgeon.dtypes import BY_CODE
@@ -25,7 +24,8 @@ LEAST = 8  # rows and columns below which a spectrum tells nothing
 
 def of_file(checkpoint: Checkpoint, keys: Iterable[str]) -> Mapping[str, Stats]:
     """The statistics of a checkpoint's floating tensors; none of those with values that are not finite."""
-    floats = [checkpoint[key] for key in keys if _floats(checkpoint[key])]
+    tensors = (checkpoint[key] for key in keys)
+    floats = [tensor for tensor in tensors if tensor.place is not None and tensor.numel and BY_CODE[tensor.dtype].kind == "float"]
     with Reader([checkpoint]) as reader, phase("reading values", sum(tensor.nbytes for tensor in floats)) as advance:
         found = {tensor.name: _streamed(tensor, reader.parts(tensor), advance) for tensor in floats}
         reader.check_unchanged()
@@ -36,10 +36,6 @@ def of_tensors(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> Mapp
     """The same of tensors in memory."""
     found = {key: _whole(tensors[key]) for key in keys if key in tensors and tensors[key].is_floating_point() and tensors[key].numel()}
     return {key: stats for key, stats in found.items() if stats is not None}
-
-
-def _floats(tensor: TensorMeta) -> bool:
-    return tensor.place is not None and tensor.numel > 0 and BY_CODE[tensor.dtype].kind == "float"
 
 
 def _streamed(tensor: TensorMeta, parts: Iterable[Buffer], advance: Advance) -> Stats | None:
@@ -84,7 +80,7 @@ def _sums(values: torch.Tensor, total: float = 0.0, squares: float = 0.0) -> tup
 def _stats(total: float, squares: float, count: int, top: float) -> Stats | None:
     mean = total / count
     spread = max(squares / count - mean * mean, 0.0) ** 0.5
-    if not all(value == value and abs(value) < float("inf") for value in chain((mean, spread, top))):
+    if not all(value == value and abs(value) < float("inf") for value in (mean, spread, top)):
         return None
     return Stats(mean, spread, top)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptsurgeon.adapters.chain import infer_chain, made_dtype
 from ckptsurgeon.adapters.table import UserKernel, adapter_of
-from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.formats.layout import Origin
 from ckptsurgeon.planning.plan_types import Plan, Step, resolved
@@ -27,7 +27,7 @@ from ckptsurgeon.storage.pieces import merged, runs
 from ckptsurgeon.streaming.adapting import adapted_and_cast, by_rows, dense_parts, elementwise
 from ckptsurgeon.streaming.bands import side_by_side
 from ckptsurgeon.streaming.reading import Reader
-from ckptsurgeon.streaming.values import Buffer, cast, tensor_from
+from ckptsurgeon.streaming.values import Buffer, cast, code_of, tensor_from
 from ckptsurgeon.tensors import Checkpoint, Span, TensorMeta
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Run:
             return tensor_from(bytearray().join(single.parts(step)), step.dtype).view(step.shape)
 
         for key, value in self.values.loaded(fetch, entries).items():
-            dtype, casts = BY_TORCH[str(value.dtype).removeprefix("torch.")].code, lost.get(key, [])
+            dtype, casts = code_of(value), lost.get(key, [])
             parts = dense_parts(value)
             self.loaded[key] = bytearray().join(
                 parts if dtype == self.steps[key].dtype else cast(key, parts, dtype, self.steps[key].dtype, casts)

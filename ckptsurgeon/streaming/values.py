@@ -18,7 +18,7 @@ from functools import cache
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.dtypes import BY_CODE, widens
+from ckptsurgeon.dtypes import BY_CODE, BY_TORCH, widens
 from ckptsurgeon.errors import CastError
 from ckptsurgeon.report import Cast
 from ckptsurgeon.rules.patterns import compile_pattern
@@ -50,6 +50,11 @@ def tensor_from(data: Buffer, dtype: str) -> torch.Tensor:
     found = torch.frombuffer(data, dtype=kind)
     # torch takes alignment for granted (its vector instructions crash without), and a legacy file has none.
     return found if found.data_ptr() % kind.itemsize == 0 else torch.frombuffer(bytearray(data), dtype=kind)
+
+
+def code_of(tensor: torch.Tensor) -> str:
+    """The code of a tensor's dtype."""
+    return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

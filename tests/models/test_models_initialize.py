@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptsurgeon.errors import ModelError, NoRecordError, RuleError
-from ckptsurgeon.models.init.initialize import SCHEMES, describe_effective, initialize, parse_scheme, value
-from ckptsurgeon.models.init.scheme_text import effective_scheme
+from ckptsurgeon.models.init.initialize import initialize, value
+from ckptsurgeon.models.init.scheme_text import SCHEMES, describe_effective, effective_scheme, parse_scheme
 from ckptsurgeon.models.target.skeleton import checkpoint_of
 
 DRAWN = ["normal", "uniform", "trunc_normal", "xavier_normal", "xavier_uniform", "kaiming_normal", "kaiming_uniform", "orthogonal"]

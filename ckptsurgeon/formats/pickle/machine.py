@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ckptsurgeon.errors import CheckpointError, FormatError
 from ckptsurgeon.formats.pickle.globals import construct
 from ckptsurgeon.formats.pickle.opcodes import RARE
-from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, TruncatedPickle, name_globals
+from ckptsurgeon.formats.pickle.state import NO_FRAME, Machine, name_globals
 from ckptsurgeon.formats.pickle.tensors import Extents, memo_reads, tensors
 from ckptsurgeon.limit_table import allowed, exceeded
 
 if TYPE_CHECKING:
     from ckptsurgeon.formats.pickle.records import Records
-
-__all__ = ["Pickled", "TruncatedPickle", "name_globals", "run"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def run(data: bytes, start: int = 0, persistent: Callable[[Any], Any] = _no_pers
     """Run the pickle that begins at `start`.
 
     `persistent` turns a persistent id into a value. Raises FormatError for what is no pickle, TruncatedPickle where the bytes end
-    too early, LimitError where it would cost too much; each lists in its `problems` the globals that the pickle named before.
+    too early, LimitError where it would cost too much; each lists the globals that the pickle named before.
 
     >>> run(b"\\x80\\x02}X\\x01\\x00\\x00\\x00aK\\x01s.").value
     {'a': 1}

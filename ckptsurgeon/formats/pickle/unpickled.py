@@ -15,7 +15,7 @@ from ckptsurgeon.dtypes import DType
 from ckptsurgeon.errors import CheckpointError, FormatError, UnsafeError
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.pickle.globals import SCALARS, key_text
-from ckptsurgeon.formats.pickle.machine import name_globals
+from ckptsurgeon.formats.pickle.state import name_globals
 from ckptsurgeon.formats.pickle.values import Encoded, Global, Inert, NumpyArray, NumpyDType, Opaque, PickledDict, StorageRef, TensorRef
 from ckptsurgeon.limit_table import Budget, allowed, exceeded
 from ckptsurgeon.tensors import NOTHING, Part, Refused, Span, StateDict, TensorMeta

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from ckptsurgeon.errors import CheckpointError, FormatError, PartError, UnsafeError
 from ckptsurgeon.formats.folders import parts
 from ckptsurgeon.formats.pickle.globals import MAX_INT
-from ckptsurgeon.formats.pickle.machine import Pickled, TruncatedPickle, name_globals, run
+from ckptsurgeon.formats.pickle.machine import Pickled, run
+from ckptsurgeon.formats.pickle.state import TruncatedPickle, name_globals
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import Inert, StorageClass, StorageRef
 from ckptsurgeon.limit_table import allowed, exceeded

@@ -16,7 +16,8 @@ from ckptsurgeon.errors import FormatError
 from ckptsurgeon.formats.inflate import inflated
 from ckptsurgeon.formats.layout import RECORD, parse_provenance
 from ckptsurgeon.formats.pickle.globals import MAX_INT
-from ckptsurgeon.formats.pickle.machine import TruncatedPickle, name_globals, run
+from ckptsurgeon.formats.pickle.machine import run
+from ckptsurgeon.formats.pickle.state import TruncatedPickle, name_globals
 from ckptsurgeon.formats.pickle.unpickled import Unpacked, collect
 from ckptsurgeon.formats.pickle.values import StorageClass, StorageRef
 from ckptsurgeon.formats.zip_directory import Entry, read_directory

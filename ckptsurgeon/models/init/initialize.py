@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import ModelError, RuleError
 from ckptsurgeon.hints import close_hint
 from ckptsurgeon.models.init.recorded import known_fresh
-from ckptsurgeon.models.init.scheme_text import SCHEMES, Scheme, describe_effective, parse_scheme
-from ckptsurgeon.models.init.schemes import KEEP, PER_LAYER_TYPE, concrete, drawn, fitted, layer_of, owner_of, value
+from ckptsurgeon.models.init.scheme_text import parse_scheme
+from ckptsurgeon.models.init.schemes import KEEP, concrete, drawn, fitted, layer_of, value
 from ckptsurgeon.models.init.user_functions import Fill, function_schemes, own_schemes
 from ckptsurgeon.models.target.loaders import storage_of, tensors_of
 from ckptsurgeon.models.target.parameters import keys_by_name, matched, named_tensors
@@ -26,19 +25,9 @@ from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_d
 from ckptsurgeon.rules.copied_value import copied, filled_in, follow
 from ckptsurgeon.rules.meant import meant_hint
 from ckptsurgeon.rules.patterns import Pattern, compile_pattern
+from ckptsurgeon.streaming.values import code_of
 
-__all__ = [
-    "PER_LAYER_TYPE",
-    "SCHEMES",
-    "Scheme",
-    "describe_effective",
-    "fitted",
-    "initialize",
-    "layer_of",
-    "owner_of",
-    "parse_scheme",
-    "value",
-]
+__all__ = ["initialize", "layer_of", "value"]
 
 
 def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -110,7 +99,7 @@ def initialize(
         try:
             origin = _origin(key, state, schemes, group_of)
             origin_tensor: torch.Tensor = state[origin]
-            shape, code = tuple(origin_tensor.shape), _dtype_code(origin_tensor)
+            shape, code = tuple(origin_tensor.shape), code_of(origin_tensor)
             origin_scheme = schemes[origin] if origin in group_of else KEEP
             chosen = concrete(origin_scheme, origin, shape, code, *layer_of(model, origin, tensors))
             if chosen == KEEP and origin == key:
@@ -124,7 +113,7 @@ def initialize(
                 leader = group_of[origin][0]
                 owner, leaf = layer_of(model, leader, tensors)
                 new_value = drawn(chosen, leader, shape, code, seed, None if owner is None else plain(owner), fills, leaf)
-            values.append((names, tensor, fitted(new_value, key, tuple(tensor.shape), _dtype_code(tensor))))
+            values.append((names, tensor, fitted(new_value, key, tuple(tensor.shape), code_of(tensor))))
         except RuleError as error:
             problems.append(error)
     _raise_all(problems)
@@ -174,10 +163,6 @@ def _origin(key: str, state: Mapping[str, Any], schemes: Mapping[str, str], grou
 
 def _first_with_scheme(names: Names, schemes: Mapping[str, str]) -> str:
     return next(name for name in names if name in schemes)
-
-
-def _dtype_code(tensor: torch.Tensor) -> str:
-    return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
 def _schemes_by_key(

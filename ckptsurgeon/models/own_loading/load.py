@@ -45,9 +45,7 @@ def load(
     """Run `model.load_state_dict(strict=False)` on `values`, which the model's code may change, and return a function that undoes it.
 
     Args:
-        state: the model's state_dict.
         extra: values that are not tensors, by key.
-        loaders: the modules with loading code of their own.
         versions: the metadata recorded for these modules when the values were saved.
         later: keys that the caller writes afterwards; here they keep the model's own value.
         computed: keys whose value the model's code must compute from other keys.

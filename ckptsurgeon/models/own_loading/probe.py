@@ -144,8 +144,6 @@ def probe(
     Args:
         build: returns a model on which the code may run, on meta where possible; with `real=True` one that has values, if there is one.
             It is asked for values only where the code writes into a key that the source lacks.
-        loaders: the model's modules with loading code of their own.
-        source_tensors: the source's tensors by name.
         versions: the metadata that the source recorded, by the path of the model's module.
         absent: the model's keys that no source and no rule gives.
     """
@@ -206,11 +204,7 @@ def _tried(
 
 
 def probe_file(build: Build, target: Checkpoint, source: Checkpoint) -> Taken:
-    """What loading code would do with a file's names when torch loads that file. The model is built only if such code would run.
-
-    Args:
-        target: the model's state_dict and its modules with loading code.
-    """
+    """What loading code would do with a file's names when torch loads that file. The model is built only if such code would run."""
     absent = target.keys() - source.keys()
     if not needs_probe(source, target, absent):
         return Taken()

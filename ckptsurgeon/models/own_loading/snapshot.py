@@ -122,7 +122,6 @@ def find_filled(
     """The keys whose values loading changed to what they do not depend on.
 
     Args:
-        state: the model's state_dict.
         before, after: the values of the keys that the source lacks, before and after loading.
         restore: puts the model back as it was before.
         load: loads once more, and returns the state_dict that this leaves.

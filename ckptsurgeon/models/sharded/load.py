@@ -22,13 +22,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckptsurgeon.errors import CheckpointError, ModelError
-from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.sharded.planner import parts_of, whole_tensors
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Value
-from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
+from ckptsurgeon.models.target.loaders import changing_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.sharding import local
-from ckptsurgeon.models.training.transfer import check_writable, reset_extra, set_extra
+from ckptsurgeon.models.training.transfer import check_writable, reset_extra, say_half_filled, set_extra
 from ckptsurgeon.planning.plan_types import Plan
 from ckptsurgeon.progress import Held, phase
 from ckptsurgeon.streaming.signals import undisturbed
@@ -110,16 +109,14 @@ def _cause(error: CheckpointException, reader: _Blocks) -> BaseException:
             return failure
         failure.reason += f" (on rank {rank})"
     if isinstance(failure, CheckpointError):
-        count = len(reader._values)
-        failure.reason += f"; this rank's part of the model holds {len(dict.fromkeys(reader.done))} of {count} new tensors by now"
-        failure.problems = shortened([f"{key}: has its new value" for key in dict.fromkeys(reader.done)])
-        failure.hint = "transfer again when the file is whole, or build the model anew"
+        done, count = dict.fromkeys(reader.done), len(reader._values)
+        say_half_filled(failure, done, f"this rank's part of the model holds {len(done)} of {count} new tensors by now")
     return failure
 
 
 def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
     """ModelError for a model whose own loading code would have to run, or whose state_dict does not share its memory."""
-    loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+    loaders = changing_loaders(model, state)
     if loaders or plan.handed or any(step.action == "load" for step in plan.steps):
         path, loader = next(iter(loaders.items()), ("", None))
         kind = type(model).__name__ if loader is None else loader.name
@@ -133,13 +130,8 @@ def refuse(plan: Plan, model: nn.Module, state: Mapping[str, Any]) -> None:
 def put(
     model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Value], extra: Mapping[str, Any], ranks: Ranks, held: Held = None
 ) -> None:
-    """Load the values into the model, in place. All ranks must call this together. An interrupt waits until this rank's parts are complete.
-
-    Args:
-        state: the model's state_dict.
-        values: by key; of tied keys only the first.
-        extra: values that are not tensors, by key.
-        held: collects what a progress callback raises.
+    """Load the values (of tied keys only the first) into the model, in place. All ranks must call this together. An interrupt waits until
+    this rank's parts are complete.
 
     Raises: UnreadableError, StaleError: a file fails or shrinks while it is read, on this rank or another. Only then the model may hold old
         and new values.

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_CODE, BY_TORCH, widens
+from ckptsurgeon.dtypes import BY_CODE, widens
 from ckptsurgeon.errors import ModelError
-from ckptsurgeon.models.init import initialize
-from ckptsurgeon.models.init.schemes import KEEP, concrete
+from ckptsurgeon.models.init.schemes import KEEP, concrete, layer_of
+from ckptsurgeon.models.init.schemes import value as scheme_value
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.sharded.planner import own_parts, whole
 from ckptsurgeon.models.sharded.ranks import Ranks
@@ -33,7 +33,7 @@ from ckptsurgeon.storage.pieces import Block
 from ckptsurgeon.streaming.adapting import adapted_and_cast
 from ckptsurgeon.streaming.reading import Reader
 from ckptsurgeon.streaming.step_values import ranges_of, with_data
-from ckptsurgeon.streaming.values import added, memory_of, tensor_from
+from ckptsurgeon.streaming.values import added, code_of, memory_of, tensor_from
 from ckptsurgeon.streaming.writing import torn
 from ckptsurgeon.tensors import Checkpoint, Piece, Span, TensorMeta, contiguous_stride
 
@@ -136,11 +136,11 @@ class Origins:
     def _scheme(self, step: Step, scheme: str) -> Callable[[], torch.Tensor] | None:
         """A function that gives a scheme's value, the same on every rank; None for the model's own value."""
         key = self.plan.leader(step.target)
-        owner, leaf = initialize.layer_of(self.model, key)
+        owner, leaf = layer_of(self.model, key)
         if scheme == KEEP or concrete(scheme, key, step.shape, step.dtype, owner, leaf) == KEEP:
             return None
         layer = None if owner is None else plain_layer(owner)
-        return lambda: initialize.value(scheme, key, step.shape, step.dtype, self.plan.seed, layer, self.schemes, leaf)
+        return lambda: scheme_value(scheme, key, step.shape, step.dtype, self.plan.seed, layer, self.schemes, leaf)
 
 
 def prepare_values(origins: Mapping[str, Stored | Computed], state: Mapping[str, Any], ranks: Ranks) -> tuple[dict[str, Value], list[Loss]]:
@@ -155,7 +155,7 @@ def prepare_values(origins: Mapping[str, Stored | Computed], state: Mapping[str,
         parts: dict[str, list[Part]] = {}
         for part in own_parts({key: state[key] for key in origins}):
             parts.setdefault(part.key, []).append(part)
-        changed = {key for key, origin in origins.items() if not isinstance(origin, Stored) or _dtype_of(state[key]) != origin.meta.dtype}
+        changed = {key for key, origin in origins.items() if not isinstance(origin, Stored) or code_of(state[key]) != origin.meta.dtype}
         with phase("converting", len(changed), "tensors") if changed else nullcontext(nobody) as advance:
             for key, origin in origins.items():
                 if isinstance(origin, Stored):
@@ -220,13 +220,9 @@ def summed(by_rank: Iterable[Iterable[Loss]]) -> list[Cast]:
 
 def _lost(value: Stored, tensor: torch.Tensor, parts: Iterable[Part]) -> Iterator[Loss]:
     """What a cast to the tensor's dtype loses, part by part; nothing if the dtype can hold all values of the file's dtype."""
-    code = _dtype_of(tensor)
+    code = code_of(tensor)
     if code != value.meta.dtype and not widens(value.meta.dtype, code):
         yield from ((value.key, part.block, value.lost(part.block, code)) for part in parts)
-
-
-def _dtype_of(tensor: torch.Tensor) -> str:
-    return BY_TORCH[str(tensor.dtype).removeprefix("torch.")].code
 
 
 def _narrowed(key: str, origin: Computed, wholes: Wholes, parts: Sequence[Part], losses: list[Loss]) -> Ready:

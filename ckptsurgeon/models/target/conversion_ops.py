@@ -98,7 +98,6 @@ def _single(parts: Parts) -> Part:
 
 
 def _stacked(tensors: Sequence[Part], dim: int) -> Part:
-    """Stacks parts that have the same ops."""
     return _joined(tensors, "stack", _dim(dim, tensors[0].shape, True))
 
 

@@ -161,7 +161,7 @@ def _learned(mapping: Any, path: str, module: Any, state: Mapping[str, Any]) -> 
 
 
 def _any(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """One regular expression that matches what any of the library's patterns matches."""
+    """One regular expression for all of the library's."""
     ordered = sorted(patterns)
     return re.compile("|".join(f"(?:{pattern})" for pattern in ordered)) if ordered else None
 

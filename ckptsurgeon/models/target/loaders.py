@@ -57,6 +57,11 @@ def find_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader
     return loaders
 
 
+def changing_loaders(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Loader]:
+    """Those of `find_loaders` that may change values."""
+    return {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+
+
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """Every parameter and buffer of a module and its submodules, non-persistent buffers included, each once."""
     held = (tensors for part in module.modules() for tensors in (part._parameters, part._buffers) if tensors)

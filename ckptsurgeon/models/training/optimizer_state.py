@@ -85,12 +85,8 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[P
 
 
 def order_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, steps: Mapping[str, Step], source: Checkpoint) -> LiveOrder:
-    """The order of a model's parameters and of its optimizer's groups, from which the source's moments are assigned to parameters.
-
-    Args:
-        optimizer: over the model's parameters; without an optimizer, the model's order never decides alone.
-        steps: the weights' plan by target key.
-    """
+    """The order of a model's parameters and of its optimizer's groups, from which the source's moments are assigned to parameters. Without
+    an optimizer, the model's order never decides alone."""
     parameters, buffers = named_tensors(model)
     keys = {id(names.tensor): names.keys for names in parameters.values()}
     groups = [] if optimizer is None else optimizer.param_groups
@@ -110,7 +106,6 @@ def make(optimizer: torch.optim.Optimizer, plans: Sequence[ParameterPlan], fetch
     """Make the planned state, on the parameters' devices, in their dtypes and strides. Nothing is loaded yet.
 
     Args:
-        plans: one for each parameter, in the optimizer's order.
         fetch: returns a leaf's tensor, of its dtype and shape, on any device; the tensor is copied.
         spread: fills a sharded parameter's moment with this rank's part of a leaf, or of a whole tensor.
 

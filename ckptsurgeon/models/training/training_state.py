@@ -118,12 +118,7 @@ def scheduled_options(
     state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The options that a loaded scheduler sets in each of the optimizer's groups: its last learning rate, and the momentum that it cycles.
-
-    Args:
-        state: the scheduler's state, as `fitted` returned it.
-        groups: the optimizer's own groups.
-        saved: the groups of the source's optimizer; empty if they are unknown.
-    """
+    `saved` are the groups of the source's optimizer; empty if they are unknown."""
     rates, base_rates = state.get("_last_lr"), state.get("base_lrs")
     by_group: list[dict[str, Any]] = []
     for index, group in enumerate(groups):

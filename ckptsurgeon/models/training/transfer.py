@@ -24,13 +24,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptsurgeon.errors import CheckpointError, ModelError, TargetError, VerificationError
 from ckptsurgeon.hints import shortened
-from ckptsurgeon.models.init import initialize
+from ckptsurgeon.models.init.schemes import layer_of, owner_of
+from ckptsurgeon.models.init.schemes import value as scheme_value
 from ckptsurgeon.models.init.user_functions import Fill
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.snapshot import Undo
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.loaders import find_loaders, storage_of, tensors_of
+from ckptsurgeon.models.target.loaders import changing_loaders, storage_of, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of
 from ckptsurgeon.planning.plan_types import Plan, resolved
 from ckptsurgeon.progress import Held, phase
@@ -120,8 +121,8 @@ def put(
                 copies[step.target] = origin.target
             elif scheme != "model":
                 leader = plan.leader(step.target)
-                owner, leaf = initialize.layer_of(model, leader)
-                values[step.target] = initialize.value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes, leaf)
+                owner, leaf = layer_of(model, leader)
+                values[step.target] = scheme_value(scheme, leader, step.shape, step.dtype, plan.seed, owner, schemes, leaf)
     # `from(KEY)` gives the value that KEY gets, or keeps.
     values.update({key: values[copied] if copied in values else state[copied].clone() for key, copied in copies.items()})
     for key in values:
@@ -132,9 +133,9 @@ def put(
         key: value.clone() if isinstance(value, torch.Tensor) and storage_of(value) in own_storages else value
         for key, value in sorted(values.items(), key=lambda item: positions[item[0]])
     }
-    loaders = {path: loader for path, loader in find_loaders(model, state).items() if loader.changes}
+    loaders = changing_loaders(model, state)
     foreign = {key for key in values if storage_of(state[key]) not in own_storages and state[key].numel()}
-    if foreign or any(key.rpartition(".")[2] != _EXTRA or initialize.owner_of(model, key) is None for key in extra):
+    if foreign or any(key.rpartition(".")[2] != _EXTRA or owner_of(model, key) is None for key in extra):
         foreign = set(values)  # the state_dict does not share the model's memory
     through_loader = reachable_keys(state, loaders, foreign)
     if not loaders and not through_loader and not foreign:
@@ -192,8 +193,7 @@ def _parts(state: Mapping[str, Any], values: Mapping[str, Value], stage: Stage) 
 
 
 def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, undo: Undo, undone: str = "") -> None:
-    """Copy values into the model. If a value can't be read, those copied before stay, and `undo` is run; `undone` says so in the
-    message."""
+    """Copy values into the model. If a value can't be read, those copied before stay, and `undo` is run; `undone` says so."""
     done: list[str] = []
     with phase("transferring", sum(_size(state[key]) for key in values), held=held) as advance:
         try:
@@ -205,10 +205,17 @@ def _copy(state: Mapping[str, Any], values: Mapping[str, Value], held: Held, und
         except BaseException as error:
             undo()
             if isinstance(error, CheckpointError):
-                error.reason += f"; the model holds {len(done)} of {len(values)} new tensors by now, and perhaps parts of more{undone}"
-                error.problems = shortened([f"{key}: has its new value" for key in done])
-                error.hint = "transfer again when the file is whole, or build the model anew"
+                say_half_filled(
+                    error, done, f"the model holds {len(done)} of {len(values)} new tensors by now, and perhaps parts of more{undone}"
+                )
             raise
+
+
+def say_half_filled(error: CheckpointError, done: Iterable[str], words: str) -> None:
+    """Add to an error what the model holds by now."""
+    error.reason += f"; {words}"
+    error.problems = shortened([f"{key}: has its new value" for key in done])
+    error.hint = "transfer again when the file is whole, or build the model anew"
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -249,7 +256,7 @@ def reset_extra(model: nn.Module, state: Mapping[str, Any], keys: Iterable[str],
 
 
 def _set_extra_state(model: nn.Module, key: str, value: Any, name: str) -> None:
-    owner = initialize.owner_of(model, key)
+    owner = owner_of(model, key)
     assert owner is not None
     user_code.call(name, owner.set_extra_state, value)
 

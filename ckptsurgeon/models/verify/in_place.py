@@ -19,7 +19,7 @@ from ckptsurgeon.hints import shortened
 from ckptsurgeon.models.sharded.ranks import Ranks
 from ckptsurgeon.models.sharded.values import Part, bands, narrowed
 from ckptsurgeon.models.target.conversions import find_naming
-from ckptsurgeon.models.target.loaders import find_loaders
+from ckptsurgeon.models.target.loaders import changing_loaders
 from ckptsurgeon.models.target.sharding import is_sharded, refuse_flat
 from ckptsurgeon.models.target.skeleton import checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.verify import loading, readback
@@ -40,11 +40,9 @@ Row = tuple[str, Block, Differences]
 def verify_in_place(
     checkpoint: Checkpoint, model: nn.Module, reader: Reader, ranks: Ranks, *, finite: bool = False, conversions: bool = True
 ) -> Verification:
-    """Compare a model's values with a file. All ranks that the model is spread over must call this together.
+    """Compare a model's values with a file, open in `reader`. All ranks that the model is spread over must call this together.
 
     Args:
-        checkpoint: the file, which is open in `reader`.
-        ranks: the ranks that the model is spread over.
         finite: NaN and infinite values are errors, not warnings.
         conversions: read the file's names as the model's library does.
 
@@ -64,7 +62,7 @@ def verify_in_place(
         view = as_read.checkpoint
         aliases = tied_keys(view, shapes_of(view), skeleton.ties)
         findings = [*as_read.notes(), *as_read.forgiven(misfits(shapes_of(view), shapes_of(skeleton), aliases))]
-        changed = {unwrap(key, WRAPPERS) for loader in find_loaders(model, own).values() if loader.changes for key in loader.keys}
+        changed = {unwrap(key, WRAPPERS) for loader in changing_loaders(model, own).values() for key in loader.keys}
         metas = {key: view[aliases.get(key, key)] for key in skeleton if aliases.get(key, key) in view}
         metas = {key: meta for key, meta in metas.items() if meta.shape == skeleton[key].shape}
         read = loading.reader(checkpoint, as_read, reader.read)

@@ -24,10 +24,7 @@ SIDES = ("source", "target")
 
 
 def make_inputs(text: str, note: Note) -> tuple[Any, Any]:
-    """The inputs for the source's and the target's model, from the user's `module:make_inputs`: the same for both, or one for each.
-
-    Raises TargetError if the function can't be imported or fails.
-    """
+    """The inputs for the source's and the target's model, from the user's `module:make_inputs`: the same for both, or one for each."""
     spec = parse(text)
     with imports.search(spec):
         function = resolve(spec, note)

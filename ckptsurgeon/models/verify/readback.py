@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptsurgeon.dtypes import BY_CODE, BY_TORCH
+from ckptsurgeon.dtypes import BY_CODE
 from ckptsurgeon.report import Finding
-from ckptsurgeon.streaming.values import memory_of
+from ckptsurgeon.streaming.values import code_of, memory_of
 from ckptsurgeon.tensors import TensorMeta
 
 BytesLike = bytes | bytearray | memoryview
@@ -35,8 +35,7 @@ def compare(key: str, meta: TensorMeta, value: torch.Tensor, data: BytesLike, fi
     size = memoryview(data).nbytes
     if size != meta.nbytes:
         return [Finding("differs", f"our reader gives {size:,} bytes where the shape and dtype need {meta.nbytes:,}", key)]
-    code = BY_TORCH[str(value.dtype).removeprefix("torch.")].code
-    return [*dtype_note(key, code, meta.dtype), *findings_of(key, meta, differences(meta.dtype, value, data), finite)]
+    return [*dtype_note(key, code_of(value), meta.dtype), *findings_of(key, meta, differences(meta.dtype, value, data), finite)]
 
 
 @dataclass(frozen=True)

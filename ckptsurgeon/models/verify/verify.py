@@ -13,24 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import DeviceError, FormatError, TargetError
 from ckptsurgeon.models.init.values import tensor_bytes
 from ckptsurgeon.models.own_loading.load import load, reachable_keys
 from ckptsurgeon.models.own_loading.probe import probe_file
 from ckptsurgeon.models.target import user_code
 from ckptsurgeon.models.target.conversions import find_naming
-from ckptsurgeon.models.target.loaders import find_loaders
+from ckptsurgeon.models.target.loaders import changing_loaders
 from ckptsurgeon.models.target.skeleton import checkpoint_of, checkpoint_of_state_dict, state_dict_of
 from ckptsurgeon.models.verify import forward, loading, readback
 from ckptsurgeon.planning.fits import fits
 from ckptsurgeon.planning.own_loading.read_by_library import read_by_library
 from ckptsurgeon.progress import phase
 from ckptsurgeon.report import Finding, Verification
-from ckptsurgeon.streaming.values import tensor_from
+from ckptsurgeon.streaming.values import code_of, tensor_from
 from ckptsurgeon.tensors import Checkpoint, Refused, TensorMeta, contiguous_stride
 
-__all__ = ["check_device", "verify_on_device"]
 Read = Callable[[TensorMeta], readback.BytesLike]
 
 
@@ -47,7 +45,6 @@ def verify_on_device(
     """Load a checkpoint strictly into a fresh model on a device, and compare every tensor of it with the file, bitwise.
 
     Args:
-        checkpoint: the file as our reader sees it.
         model_builder: builds the fresh model: `build` of a spec, or `build_meta` for the device `meta`.
         device: `cpu`, `cuda:0`, `mps` …; on `meta` names, shapes and dtypes are compared, and a note says so.
         read: returns a tensor's `nbytes` dense, row-major bytes from the file, by our reader; FormatError for damaged data.
@@ -139,7 +136,7 @@ def _read_back(
     """The number of tensors compared, and the findings, with one tensor in memory at a time."""
     compared, findings = 0, []
     state = state_dict_of(model, checkpoint.path)
-    changing = {key for loader in find_loaders(model, state).values() if loader.changes for key in loader.keys}
+    changing = {key for loader in changing_loaders(model, state).values() for key in loader.keys}
     pairs = [(key, value, checkpoint.get(loaded.aliases.get(key, key))) for key, value in state.items() if isinstance(value, torch.Tensor)]
     with phase("comparing", sum(meta.nbytes for _, _, meta in pairs if meta is not None)) as advance:
         for key, value, meta in pairs:
@@ -174,8 +171,7 @@ class _ByTorch:
         if self.state is None:
             self.state = self._load()
         expected = self.state[key]
-        code = BY_TORCH[str(expected.dtype).removeprefix("torch.")].code
-        meta = TensorMeta(key, code, tuple(expected.shape), contiguous_stride(tuple(expected.shape)))
+        meta = TensorMeta(key, code_of(expected), tuple(expected.shape), contiguous_stride(tuple(expected.shape)))
         note = Finding(
             "hook", "is changed by the model's own loading code, so it is compared with what torch loads, not with the file", key, "note"
         )
@@ -185,7 +181,7 @@ class _ByTorch:
         path, checkpoint = self.checkpoint.path, self.checkpoint
         model = user_code.call(path, self.build)
         own = state_dict_of(model, path)
-        loaders = {module_path: loader for module_path, loader in find_loaders(model, own).items() if loader.changes}
+        loaders = changing_loaders(model, own)
         keys = reachable_keys(own, loaders)
         values = {
             key: tensor_from(self.read(meta), meta.dtype).view(meta.shape)
