@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptsurgeon.errors import ModelError, RuleError, TargetError
 from ckptsurgeon.models.init.initialize import initialize
-from ckptsurgeon.models.init.scheme_text import SCHEMES, describe_effective, effective_scheme, is_own, needs, parse_scheme
+from ckptsurgeon.models.init.scheme_text import SCHEMES, effective_scheme, is_own, needs, parse_scheme
 from ckptsurgeon.models.init.schemes import seed_of, value
 from ckptsurgeon.models.init.values import make_provider
 from ckptsurgeon.models.target.build import is_unset, marked
@@ -83,7 +83,7 @@ def test_orthogonal_rows_or_columns_are_orthonormal():
 )
 def test_keys_and_own_functions_have_forms_of_their_own(text, parsed):
     assert parse_scheme(text) == parsed and is_own(text) == is_own(parsed[0]) == (":" in parsed[0])
-    assert effective_scheme(text, "fc.bias", (2,)) == describe_effective(text, "fc.bias", (2,)) == text
+    assert effective_scheme(text, "fc.bias", (2,)) == text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The initialisation schemes as a user writes them: `xavier_normal`, `normal(std=0.02)`, `from(layers.11.weight)`, `mylib:ortho(gain=2)`.
 
-This module parses and describes schemes without torch, so that a plan can check one and say what it will do. Names and parameters are
+This module parses schemes without torch, so that a plan can check one. Names and parameters are
 those of `torch.nn.init`; a name with a colon is a user-defined function, which is not imported here. `schemes.py` makes the values.
 """
 
@@ -171,6 +171,9 @@ def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
 
     Raises:
         RuleError: as `parse_scheme`; or a fan-based scheme on another tensor of fewer than two dimensions, with its key.
+
+    >>> effective_scheme("xavier_normal", "fc3.bias", (2,)), effective_scheme("xavier_normal", "fc3.weight", (2, 84))
+    ('zeros', 'xavier_normal')
     """
     name, _ = parse_scheme(scheme)
     if is_own(name) or SCHEMES[name].needs != "fans" or len(shape) >= 2 or prod(shape) == 0:
@@ -183,16 +186,3 @@ def effective_scheme(scheme: str, key: str, shape: tuple[int, ...]) -> str:
             hint=f"give it a rule of its own, before that one: init={{{key!r}: 'zeros'}}",
         )
     return WITHOUT_FANS[last]
-
-
-def describe_effective(scheme: str, key: str, shape: tuple[int, ...]) -> str:
-    """The text that a plan records for a tensor's effective scheme.
-
-    Raises:
-        RuleError: as `effective_scheme`.
-
-    >>> describe_effective("xavier_normal", "fc3.bias", (2,)), describe_effective("xavier_normal", "fc3.weight", (2, 84))
-    ('zeros (bias under xavier_normal)', 'xavier_normal')
-    """
-    effective = effective_scheme(scheme, key, shape)
-    return scheme if effective == scheme else f"{effective} ({key.rpartition('.')[2]} under {scheme})"
