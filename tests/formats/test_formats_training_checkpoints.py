@@ -19,7 +19,8 @@ from formats_support import Save, assert_same, only, roots, save_legacy, save_zi
 
 from ckptsurgeon.errors import FormatError, LimitError
 from ckptsurgeon.formats import read
-from ckptsurgeon.formats.pickle.machine import TruncatedPickle, run
+from ckptsurgeon.formats.pickle.machine import run
+from ckptsurgeon.formats.pickle.state import TruncatedPickle
 from ckptsurgeon.formats.torch.legacy import MAGIC, PROTOCOL
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.tensors import Archive, Refused
