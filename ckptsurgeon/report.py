@@ -5,8 +5,9 @@ Reports have no text of their own: `shown` finds the view that makes it, so that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ckptsurgeon.shown import Result, Shown
@@ -142,6 +143,7 @@ class CarriedState(Result):
         casts: the moments whose dtype changed.
         others: what else was carried: `scheduler`, `scaler`, `ema`; for a merged file the names of values.
         ema: the report of the averaged copy's own transfer.
+        paths: the source's dotted paths that this tells of.
     """
 
     place: str = ""
@@ -153,6 +155,7 @@ class CarriedState(Result):
     casts: tuple[Cast, ...] = ()
     others: tuple[str, ...] = ()
     ema: Report | None = None
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -168,8 +171,8 @@ class Report(Result):
         kept: keys that kept a target checkpoint's values.
         fresh: keys that were initialised, and have had no training.
         dropped: every source key that was not used, with the reason.
-        left_behind: what else the sources hold, by dotted path: other state_dicts, and values that are no weights of the one that was read.
-            A part of it may be the training state that `optimizer` tells of.
+        left_behind: what else the sources hold, by dotted path: other state_dicts, and values that are no weights of the one that was read
+            and no training state that `optimizer` tells of.
         coverage: the share of the target that a source gives, fresh or not.
         casts: each change of dtype.
         findings: warnings and notes.
@@ -220,6 +223,13 @@ class Report(Result):
     def proven(self) -> bool:
         """Whether the file was held against the plan, but for what it shares with the sources where `proof` is `copied`."""
         return self.proof != "none"
+
+
+def with_training(report: Report, state: CarriedState) -> Report:
+    """A report with what became of the training state, which is then not left behind."""
+    names = [(path, re.sub(r" \(\d+ tensors?\)$", "", path)) for path in report.left_behind]
+    rest = tuple(path for path, name in names if not any(name == told or name.startswith(f"{told}.") for told in state.paths))
+    return replace(report, optimizer=state, left_behind=rest)
 
 
 @dataclass(frozen=True, repr=False)

@@ -33,7 +33,7 @@ from ckptsurgeon.planning.plan import Plan, Step
 from ckptsurgeon.planning.plan_types import digest
 from ckptsurgeon.planning.roots import choose
 from ckptsurgeon.progress import nobody, phase, raising_later
-from ckptsurgeon.report import Cast, Finding, Report
+from ckptsurgeon.report import Cast, Finding, Report, with_training
 from ckptsurgeon.rules.rules import from_arguments
 from ckptsurgeon.streaming.adapting import adapted_and_cast, dense_parts
 from ckptsurgeon.streaming.checksums import check_all, without
@@ -110,12 +110,9 @@ def transfer(
         into_model.put(extra)
         with ranks.step():
             _check_still_unchanged(reader)
-    return report_of(
-        plan,
-        casts=reported(into_model.casts),
-        findings=(*plan.findings, *(_without_checksums(reader, source_checkpoint) if training.checksums else ())),
-        optimizer=carried,
-    )
+    findings = (*plan.findings, *(_without_checksums(reader, source_checkpoint) if training.checksums else ()))
+    made = report_of(plan, casts=reported(into_model.casts), findings=findings)
+    return made if carried is None else with_training(made, carried)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def training(
             check_all(beside.reader, [source])
     around, plain = _around(None if weights is None else weights.value, source.root, place or "optimizer", state.value)
     carried = replace(
-        _training_state.account(_training_state.shown(beside, place), saved, assigned, source, state.plans, state.notes), others=plain
+        _training_state.account(_training_state.shown(beside, place), saved, assigned, source, state.plans, state.notes),
+        others=plain,
+        paths=(*plain, *([] if beside.whole else [place])),
     )
     moments = Checkpoint(beside.path, "torch", "", state.leaves, files=beside.files)
     return Training(around, state.steps, moments), carried

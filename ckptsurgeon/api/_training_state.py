@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,8 @@ def without_averaged(archive: Archive) -> Archive:
 
 @dataclass(frozen=True)
 class BesideWeights:
-    """All values in a file or in a live source, and the reader of their tensors. `whole`: the value may be a single state itself."""
+    """All values in a file or in a live source, and the reader of their tensors. `whole`: it is a second file, whose value may be a single
+    state itself. `found`: the paths of the states that were looked for."""
 
     path: str
     value: Any
@@ -64,6 +65,7 @@ class BesideWeights:
     live: bool
     whole: bool = False
     files: tuple[FileStamp, ...] = ()
+    found: list[str] = field(default_factory=list)
 
     def tree(self, path: str, value: Any) -> tuple[Any, Callable[[TensorMeta], torch.Tensor]]:
         """A part of the values as a tree with a `TensorMeta` for each tensor, and a function that returns these tensors."""
@@ -129,7 +131,9 @@ def find(kind: training_places.Kind, beside: BesideWeights, root: str | None) ->
     """The dotted path of a kind of state in the values, and the state; the path is "" if the file is that state itself."""
     if root is None and beside.whole and training_places.is_state(kind, beside.value):
         return "", beside.value
-    return training_places.find(kind, beside.value, beside.root, root, beside.path)
+    place, value = training_places.find(kind, beside.value, beside.root, root, beside.path)
+    beside.found.append(place)
+    return place, value
 
 
 def shown(beside: BesideWeights, place: str) -> str:
@@ -187,7 +191,7 @@ def load_states(
     if group_options:
         groups = training.scheduler.optimizer.param_groups  # new dicts since the optimizer was loaded
         undo.enter_context(optimizer_state.options_set(groups, group_options))
-    return carried
+    return replace(carried, paths=tuple(path for beside in states if not beside.whole for path in beside.found))
 
 
 def _optimizer(
@@ -308,7 +312,7 @@ class Averaged:
     """The transfer into the averaged copy `model`: from `source`, under `root`, without the keys `left_out`.
 
     `buffers` are the wrapper's own, such as `n_averaged`. For each buffer that the source has, `values` has a function that returns its
-    value.
+    value. `paths` are those that it takes of the source.
     """
 
     source: Given
@@ -317,6 +321,7 @@ class Averaged:
     left_out: tuple[str, ...]
     buffers: Mapping[str, torch.Tensor]
     values: Mapping[str, Callable[[], torch.Tensor]]
+    paths: tuple[str, ...]
 
     def finish(self, carried: CarriedState, report: Report) -> CarriedState:
         """Copy the wrapper's own buffers, and return `carried` with the averaged copy's report."""
@@ -327,7 +332,8 @@ class Averaged:
                 self.buffers[name].copy_(value())
         kept = replace(report, dropped=tuple(row for row in report.dropped if row[0] not in self.values))
         missing = tuple((name, _STAYS[name == "n_averaged"]) for name in self.buffers if name not in self.values)
-        return replace(carried, others=(*carried.others, "ema"), ema=kept, not_carried=(*carried.not_carried, *missing))
+        not_carried, paths = (*carried.not_carried, *missing), (*carried.paths, *self.paths)
+        return replace(carried, others=(*carried.others, "ema"), ema=kept, not_carried=not_carried, paths=paths)
 
 
 def find_averaged(training: TrainingOptions, source: Given, beside_source: Callable[[], BesideWeights], undo: ExitStack) -> Averaged:
@@ -366,4 +372,4 @@ def find_averaged(training: TrainingOptions, source: Given, beside_source: Calla
         return live_buffers[name] if beside.live else tensor_from(beside.reader.read(meta), meta.dtype).view(meta.shape)
 
     values = {name: partial(value, name, root_of_buffer, meta) for name, (root_of_buffer, meta) in found_buffers.items()}
-    return Averaged(source, model, root, left_out, buffers, values)
+    return Averaged(source, model, root, left_out, buffers, values, (root, *(place for place, _ in found_buffers.values())))

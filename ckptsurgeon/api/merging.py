@@ -18,7 +18,7 @@ from ckptsurgeon.parameter_types import Dtype, Given, Note, OnProgress, Path, Re
 from ckptsurgeon.planning import planfile
 from ckptsurgeon.planning.averaging import Weights
 from ckptsurgeon.planning.plan import Plan
-from ckptsurgeon.report import Report
+from ckptsurgeon.report import Report, with_training
 from ckptsurgeon.tensors import Checkpoint
 
 
@@ -267,7 +267,7 @@ def merge(
         around, carried = _merged_training_state.training(decided, checkpoints, opened_target, training, bool(writing.verify))
     _gates.refuse_idle_casts(decided.allow_cast, [step.target for step in (*decided.steps, *(around.steps if around is not None else ()))])
     written_report = carry_out(decided, checkpoints, opened_target, writing, ruling.own, around)
-    return written_report if carried is None else replace(written_report, optimizer=carried)
+    return written_report if carried is None else with_training(written_report, carried)
 
 
 def apply(

@@ -274,3 +274,22 @@ def test_positions_that_a_distributed_checkpoint_keeps_as_text_are_found(tmp_pat
     for ours, theirs in zip(second.parameters(), model.parameters(), strict=True):
         for name, value in optimizer.state[theirs].items():
             assert torch.equal(other.state[ours][name], value)
+
+
+def test_what_a_training_checkpoint_has_and_the_output_has_not_is_left_behind(tmp_path: Path) -> None:
+    begun(MAKERS["AdamW"], tmp_path / "run.pt")
+    value = torch.load(tmp_path / "run.pt")
+    ema = {key: weight * 0.9 for key, weight in value["model"].items()}
+    more = {"rng": torch.get_rng_state(), "rngs": [torch.ones(2), torch.ones(3)], "hist": {"loss": torch.ones(5)}, "model_ema": ema}
+    torch.save({**value, **more}, tmp_path / "run.pt")
+    lost = ("the top dict (1 tensor)", "hist (1 tensor)", "model_ema (10 tensors)", "rngs.0", "rngs.1")
+    report = cs.merge(tmp_path / "run.pt", f"{support.FIXTURES / 'model.py'}:Net", tmp_path / "out.pt", with_optimizer=True, root="model")
+    assert list(torch.load(tmp_path / "out.pt")) == ["scheduler", "epoch", "model", "optimizer"]
+    assert report.left_behind == lost and report.to_dict()["left_behind"] == list(lost)
+    words = "the top dict (1 tensor), hist (1 tensor), model_ema (10 tensors), rngs.* (2)"
+    assert f"  left behind     5   {words}" in str(report).splitlines()
+    net, optimizer, scheduler = renewed(Net, MAKERS["AdamW"])
+    report = cs.transfer(tmp_path / "run.pt", net, root="model", optimizer=optimizer, scheduler=scheduler, ema=Net())
+    assert report.left_behind == (*lost[:2], "epoch", *lost[3:]) and "left behind     5" in str(report)
+    report = cs.transfer(tmp_path / "run.pt", net, root="model", optimizer=optimizer, optimizer_from={"state": {}, "param_groups": []})
+    assert {"optimizer", "scheduler"} <= {path.partition(".")[0] for path in report.left_behind}

@@ -53,7 +53,7 @@ def report(report: Report, verbose: bool = False, width: int | None = None) -> s
     lines += [heading("fresh", len(report.fresh), _fresh(report)), *keys(report.fresh, width, most, "fresh")]
     lines.append(heading("dropped", len(report.dropped), "of the source"))
     lines += folded([(key, (reason,)) for key, reason in report.dropped], width, most, "dropped")
-    if report.left_behind and report.optimizer is None:
+    if report.left_behind:
         lines.append(heading("left behind", len(report.left_behind), places(report.left_behind, verbose)))
     if report.casts:
         lines += [heading("lossy casts", len(report.casts)), *_casts(report.casts, width, most)]
