@@ -17,6 +17,7 @@ from ckptsurgeon.api._options import TrainingOptions
 from ckptsurgeon.dtypes import BY_TORCH
 from ckptsurgeon.errors import FormatError, PlanError, TargetError
 from ckptsurgeon.formats.layout import WEIGHTS
+from ckptsurgeon.models.own_loading.probe import moment_steps
 from ckptsurgeon.models.target.parameters import named
 from ckptsurgeon.models.training import optimizer_state
 from ckptsurgeon.optimizer.assign import ON_THE_COMMAND_LINE, assign, held_by_key
@@ -57,7 +58,7 @@ def training(
         raise TargetError("only a model says which keys are parameters", hint="give module:Net as the target")
     source, optimizer_file = sources[0], options.optimizer_from
     model = target.build_meta()
-    steps = {step.target: step for step in plan.steps}
+    steps = moment_steps(model, plan)
     with Reader([source]) as reader, ExitStack() as opened:
         weights = (
             _training_state.beside_weights(source, source, reader) if optimizer_file is None or _training_state.holds_more(source) else None

@@ -19,6 +19,7 @@ from ckptsurgeon.api import _opening
 from ckptsurgeon.api._options import TrainingOptions
 from ckptsurgeon.errors import FormatError, ModelError
 from ckptsurgeon.formats.registry import named
+from ckptsurgeon.models.own_loading.probe import moment_steps
 from ckptsurgeon.models.target.sharding import is_sharded
 from ckptsurgeon.models.training import ema, optimizer_state, training_state
 from ckptsurgeon.models.verify.official import at_root
@@ -200,7 +201,7 @@ def _optimizer(
     parameters = optimizer_state.parameters_of(model, training.optimizer)
     place, value = find("optimizer", beside, training.optimizer_root)
     tree, fetch = beside.tree(place, value)
-    steps = {step.target: step for step in plan.steps}
+    steps = moment_steps(model, plan)
     live = optimizer_state.order_of(model, training.optimizer, steps, checkpoint)
     try:
         saved = read_saved(tree)

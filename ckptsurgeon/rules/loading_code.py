@@ -44,6 +44,7 @@ class Taken:
             outermost module whose code it is. Such code's renames are in `made`.
         failed: by path of a module, why its code could not be tried.
         grown: names for which the code makes new tensors in the model, each with the class; they are among those `dropped`.
+        changed: the model's keys that get anything but their own value.
     """
 
     renamed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Taken:
     handed: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     grown: Mapping[str, str] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
     def words(self) -> Iterator[tuple[str, str]]:
         """Each name that the code renames or leaves out, and each key that it computes, with the reason in words."""

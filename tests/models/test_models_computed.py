@@ -526,6 +526,40 @@ def test_moments_do_not_follow_a_value_that_code_computes(tmp_path: Path) -> Non
     assert "computed by load, which moments can't follow" in str(report.optimizer.not_carried)
 
 
+@pytest.mark.parametrize("version", [1, 2, None])
+def test_moments_do_not_follow_a_value_that_code_turns_by_its_version(version: int | None, tmp_path: Path) -> None:
+    class Turned(nn.Module):
+        _version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.gain = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
+
+        def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *rest: Any) -> None:
+            if (local.get("version") or 1) < 2:
+                state[prefix + "w"] = state[prefix + "w"].t()
+            super()._load_from_state_dict(state, prefix, local, *rest)
+
+    theirs, ours = (nn.ModuleDict({"m": Turned()}) for _ in range(2))
+    adam, new = (torch.optim.Adam(model.parameters()) for model in (theirs, ours))
+    sum((value * torch.randn_like(value)).sum() for value in theirs.parameters()).backward()  # type: ignore[union-attr]
+    adam.step()
+    state = theirs.state_dict()
+    state._metadata["m"] = {} if version is None else {"version": version}  # type: ignore[attr-defined]
+    torch.save({"model": state, "optimizer": adam.state_dict()}, tmp_path / "a.pt")
+    for report in (
+        cs.transfer(tmp_path / "a.pt", ours, optimizer=new),
+        cs.merge(tmp_path / "a.pt", ours, tmp_path / "o.pt", with_optimizer=True),
+    ):
+        assert report.optimizer is not None
+        assert report.optimizer.carried == (("m.w", "m.gain") if version == 2 else ("m.gain",))
+        assert report.optimizer.not_carried == (
+            () if version == 2 else (("m.w", "its weights are computed by load, which moments can't follow"),)
+        )
+    turned = theirs.m.w if version == 2 else theirs.m.w.t()  # type: ignore[union-attr]
+    assert torch.equal(ours.m.w, turned)  # type: ignore[union-attr,arg-type]
+
+
 def test_under_activation_checkpointing_old_keys_are_found(tmp_path: Path) -> None:
     model, state = of(Scaled, Fused, Plain), old(of(Scaled, Fused, Plain))
     for name in ("m0", "m1"):

@@ -25,9 +25,10 @@ from ckptsurgeon.formats.pickle.unpickled import written_out
 from ckptsurgeon.loading import Loader
 from ckptsurgeon.models.own_loading.snapshot import Writes, find_filled, take_snapshot, values_of
 from ckptsurgeon.models.target import user_code
-from ckptsurgeon.models.target.loaders import PLAIN, hooks_after, tensors_of
+from ckptsurgeon.models.target.loaders import PLAIN, find_loaders, hooks_after, tensors_of
 from ckptsurgeon.models.target.skeleton import state_dict_of, tie_key
 from ckptsurgeon.planning.own_loading.versions import plain
+from ckptsurgeon.planning.plan_types import Plan, Step
 from ckptsurgeon.rules.loading_code import Made, Taken, is_below, needs_probe
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 from ckptsurgeon.wrappers import HIDDEN, unwrap
@@ -212,6 +213,24 @@ def probe_file(build: Build, target: Checkpoint, source: Checkpoint) -> Taken:
     return probe(build, target.loaders, source, {path: plain(recorded[path]) for path in target.loaders if path in recorded}, absent)
 
 
+def moment_steps(model: nn.Module, plan: Plan) -> dict[str, Step]:
+    """A plan's steps by target key, for moments: where the code of a module changes a value of another version, the step is a `load`."""
+    steps = {step.target: step for step in plan.steps}
+    state = state_dict_of(model, type(model).__name__) if plan.versions else {}
+    own = getattr(state, "_metadata", {})
+    older = {
+        path: loader
+        for path, loader in find_loaders(model, state).items()
+        if path in plan.versions and {"version": 1, **plan.versions[path]} != {"version": 1, **plain(own.get(path))}
+    }
+    if older:
+        metas = {key: TensorMeta(key, step.dtype, step.shape, ()) for key, step in steps.items() if step.sources and step.action != "load"}
+        taken = probe(lambda real=False: model, older, metas, plan.versions, ())
+        for key in {*taken.changed, *(key for path in taken.failed for key in older[path].keys)} & metas.keys():
+            steps[key] = replace(steps[key], action="load", ops=({"op": "load"},))
+    return steps
+
+
 def _own(model: nn.Module, loaders: Mapping[str, Loader]) -> list[nn.Module]:
     return [module for module_path, module in model.named_modules(remove_duplicate=False) if module_path in loaders]
 
@@ -274,6 +293,7 @@ def _summary(
     renamed: dict[str, tuple[str, str]] = {}
     made: dict[str, Made] = {}
     used: set[str] = set()
+    changed: set[str] = set()
     known = [name for name in source_tensors if name in state and name not in unknown]
     below: dict[str, list[str]] = {}  # by the path of a module that fills in a value, the names that its code got
     for key, value in state.items():
@@ -281,6 +301,8 @@ def _summary(
             continue
         copied = record.copies.get(_start(value))
         loaded = copied or record.entries.get(key, _Loaded())
+        if loaded.names and not (loaded.whole and loaded.names == {key}):
+            changed.add(key)
         filled = loaded.dtype is not None and not loaded.names
         near = max((path for path in loaders if is_below(key, path)), key=len, default="") if filled else ""
         if filled and near not in below:
@@ -321,7 +343,7 @@ def _summary(
         key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*_read_by(value), key))), ""))
         for key, value in made.items()
     }
-    return Taken(renamed, dropped, made, handed, failed)
+    return Taken(renamed, dropped, made, handed, failed, changed=frozenset(changed))
 
 
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
