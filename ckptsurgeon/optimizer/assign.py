@@ -3,7 +3,7 @@
 torch stores an optimizer's state by position, mostly without names. An order can be that of the file's keys, unless these are sorted, or
 that of a live model and its optimizer; if both are known, they must agree. In a single group the parameters are in order, and some may
 be left out. With several groups, all parameters of one shape must be in the same group, unless the live optimizer has groups of the same
-sizes. Every moment's shape is compared with its parameter's. An ambiguous assignment is refused, never
+sizes, and none is left out. Every moment's shape is compared with its parameter's. An ambiguous assignment is refused, never
 guessed.
 """
 
@@ -27,7 +27,7 @@ MODEL = "model"  # in place of names: use the order in which the model registers
 IN_PYTHON = {
     "names": "give the source's names in the optimizer's order, group after group: optimizer_names=[name for name, {one} in "
     "source_model.named_parameters(){part}]",
-    "model": "optimizer_names='model', if this model registers its parameters in the order of the one that was trained",
+    "model": "optimizer_names='model', if this model and its optimizer have the parameters of those that were trained, in their order",
 }
 ON_THE_COMMAND_LINE = {
     "names": "write the source's names into a file, in the optimizer's order, group after group: open('names.txt', 'w').write('\\n'.join("
@@ -199,7 +199,8 @@ def _by_live(saved: Saved, shapes: Shapes, keys: Sequence[str], source: Checkpoi
     if not by_user and any(len(parameter) > 1 for parameter in live.registered):
         return None
     assigned = None
-    if not has_foreign and list(map(len, live.groups)) == list(map(len, saved.positions)) and _alike(saved, live):
+    whole = len(saved.flat) >= len(keys)  # else the two optimizers may have different parts of the model
+    if (by_user or whole) and not has_foreign and list(map(len, live.groups)) == list(map(len, saved.positions)) and _alike(saved, live):
         assigned = _pairs(saved.flat, [parameter for group in live.groups for parameter in group], shapes, source)
     if assigned is None and by_user and len(live.registered) == len(saved.flat) and sum(map(bool, saved.positions)) == 1:
         assigned = _pairs(saved.flat, live.registered, shapes, source)
