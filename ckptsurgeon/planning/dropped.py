@@ -32,6 +32,7 @@ def fates(
     used = {source_key for step in steps for source_key in step.sources} | {entry.source for entry in entries}
     kept = {} if target is None else kept_out(target, names)
     tied = _tied_to_taken(sources, steps)
+    loaded = {step.target: step.reason for step in steps if step.action == "load"}
     first = {key: group[0] for group in (target.ties if target is not None else ()) for key in group}
 
     def why(source_key: SourceKey) -> str:
@@ -57,6 +58,8 @@ def fates(
                 return f"{TIED}{tied[source_key]}, which is taken"
             if source_key[1] in sources[source_key[0]].entries:
                 return "no tensor, which the target has there"
+            if name in loaded:
+                return f"{name} is {loaded[name]}"
             return f"shape {sources[source_key[0]][source_key[1]].shape} does not fit {target[name].shape}"
         return "not in the target" if name == source_key[1] else f"not in the target, as {name}"
 
