@@ -20,6 +20,7 @@ from ckptsurgeon.planning.legacy_names import renamed_by_loading_code, repaired
 from ckptsurgeon.planning.own_loading import conversions
 from ckptsurgeon.planning.own_loading.conversions import Applied
 from ckptsurgeon.planning.prefixes.find import Change, Choice, Prefix, find_change, rename_all
+from ckptsurgeon.rules.loading_code import is_below
 from ckptsurgeon.rules.patterns import Pattern
 from ckptsurgeon.rules.rules import CompiledRule, Match, Outside, Rule, compile_rules
 from ckptsurgeon.rules.templates import expand
@@ -202,8 +203,11 @@ def name_sources(
         from ckptsurgeon.planning.averaging import average_items
 
         items = average_items(items, sources, mean, problems)
-    if known is not None:
-        problems += rule_problems.rules_without_effect(active, items, known)
+    if known is not None and target is not None:
+        reached = () if outside.taken else target.loaders  # by code that was not tried yet
+        read = {name for taken in outside.taken.values() for name in taken.read}
+        read |= {item.name for item in items if any(is_below(item.name, path) for path in reached)}
+        problems += rule_problems.rules_without_effect(active, items, {*known, *read})
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
     collisions = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")
     problems += collisions

@@ -26,6 +26,11 @@ class Made:
     filled: bool = False
 
     @property
+    def read(self) -> tuple[str, ...]:
+        """The names that the code made it of."""
+        return () if self.filled else self.names
+
+    @property
     def words(self) -> str:
         """The computation in words, as a reason."""
         what = f"computed from {', '.join(self.names)}" if not self.filled else "filled in"
@@ -54,6 +59,11 @@ class Taken:
     failed: Mapping[str, str] = field(default_factory=dict)
     grown: Mapping[str, str] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
+
+    @property
+    def read(self) -> set[str]:
+        """The names that the code makes values of."""
+        return {name for made in self.made.values() for name in made.read}
 
     def words(self) -> Iterator[tuple[str, str]]:
         """Each name that the code renames or leaves out, and each key that it computes, with the reason in words."""

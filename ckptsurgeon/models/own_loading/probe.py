@@ -340,23 +340,17 @@ def _summary(
         if (name in unknown or name in made) and (name in needed or name not in state) and (head := _head(name, heads)) is not None
     }
     made = {
-        key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*_read_by(value), key))), ""))
-        for key, value in made.items()
+        key: replace(value, head=next(filter(None, (_head(name, heads) for name in (*value.read, key))), "")) for key, value in made.items()
     }
     return Taken(renamed, dropped, made, handed, failed, changed=frozenset(changed))
 
 
 def _heads(loaders: Mapping[str, Loader], made: Mapping[str, Made]) -> list[str]:
     """The outermost modules whose code may compute one of these values; each is treated as a whole, with its submodules."""
-    names = {name for key, value in made.items() for name in (key, *_read_by(value))}
+    names = {name for key, value in made.items() for name in (key, *value.read)}
     paths = dict.fromkeys(unwrap(path, HIDDEN) for path in loaders)
     matching = sorted((path for path in paths if any(is_below(name, path) for name in names)), key=len)
     return [path for path in matching if not any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in matching)]
-
-
-def _read_by(value: Made) -> tuple[str, ...]:
-    """The names that the code made a value of."""
-    return () if value.filled else value.names
 
 
 def _head(name: str, heads: list[str]) -> str | None:
