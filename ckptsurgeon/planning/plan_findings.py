@@ -197,14 +197,16 @@ def _filled(step: Step) -> str:
 
 
 def lost_parts(target: Checkpoint | None, names: Names, steps: Sequence[Step]) -> list[tuple[str, str]]:
-    """Source keys that a step reads and that rules also give a name that is not in the target, each with this as a warning."""
+    """Source keys that a step reads and that rules also give a name that neither the target nor its loading code has, each with a
+    warning."""
     if target is None:
         return []
     used = {source_key for step in steps for source_key in step.sources} - scales_read(steps)
+    read = {(number, name) for number, taken in names.outside.taken.items() for name in taken.read}
     return [
         (source_key[1], f"{name} is not in the target, and what {source_key[1]} has for it goes nowhere")
         for source_key, targets in names.names_of.items()
         if source_key in used
         for name in targets
-        if name not in target
+        if name not in target and (source_key[0], name) not in read
     ]

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ckptsurgeon as cs
-from ckptsurgeon.errors import CheckpointError, PlanError, TargetError
+from ckptsurgeon.errors import CheckpointError, PlanError, RuleError, TargetError
 from ckptsurgeon.planning.planfile import from_json, to_json
 
 
@@ -524,6 +524,37 @@ def test_moments_do_not_follow_a_value_that_code_computes(tmp_path: Path) -> Non
     assert report.optimizer is not None and report.optimizer.carried == ("m0.gain",)
     assert {key: words for key, words in report.optimizer.not_carried if "m0.weight" in (key, words)} != {} or report.optimizer.zeroed
     assert "computed by load, which moments can't follow" in str(report.optimizer.not_carried)
+
+
+class Halved(nn.Module):
+    """A hook makes q and k of qk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.y = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_load_state_dict_pre_hook(self.hook)
+
+    @staticmethod
+    def hook(_: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+        for leaf in ("weight", "bias"):
+            if (value := state.pop(f"{prefix}qk.{leaf}", None)) is not None:
+                state[f"{prefix}q.{leaf}"], state[f"{prefix}k.{leaf}"] = value.chunk(2)
+
+
+def test_what_a_hook_takes_is_not_lost_and_a_rename_may_lead_to_it(tmp_path: Path) -> None:
+    state = {"qk.weight": torch.randn(8, 4), "qk.bias": torch.randn(8), "y.weight": torch.ones(4, 4), "y.bias": torch.ones(4)}
+    truth, _ = by_torch(Halved(), state)
+    for names, rename in ((("qk", "qk"), {}), (("qk", "both"), {"both.{p}": "qk.{p}"})):
+        model = Halved()
+        source = write({key.replace(*names): value for key, value in state.items()}, tmp_path / "a.pt")
+        report = cs.transfer(source, model, rename=rename, strict=True)
+        assert not [finding for finding in report.findings if finding.level == "warning"] and report.dropped == ()
+        same(everything(model), truth)
+    with pytest.raises(RuleError, match=r"'kq\.weight', and none of its results is in the target"):
+        cs.transfer(source, model, rename={"both.{p}": "kq.{p}"})
+    report = cs.transfer(write({**Halved().state_dict(), **state}, tmp_path / "a.pt"), model)
+    same(everything(model), truth)
+    assert dict(report.dropped)["q.weight"] == "q.weight is computed (as Halved loads it)"
 
 
 @pytest.mark.parametrize("version", [1, 2, None])
