@@ -10,6 +10,7 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import GroupOptions, RuleOptions, TrainingOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
+from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, OnProgress, Renames, Scheme, Words, nn, torch
 from ckptsurgeon.report import Report
 
@@ -301,7 +302,7 @@ def groups(
 
     Raises:
         NoRecordError: the checkpoint does not record what is fresh.
-        TargetError: the target is no model.
+        TargetError: the target is no model, or has other shapes.
 
     >>> from ckptsurgeon import merge
     >>> net = "fixtures/variants.py:NetTwoClasses"
@@ -314,7 +315,14 @@ def groups(
     opened_target = _opening.open_target(target, note=note)
     if opened_target.build_meta is None:
         raise TargetError("is no model, and only a model has parameters", path=opened_target.checkpoint.path, hint="give module:Net")
-    source = _opening.open_source(opened, target=opened_target.checkpoint)
+    known = opened_target.checkpoint
+    source = _opening.open_source(opened, target=known)
+    shapes = [(key, source[key].shape, meta.shape) for key, meta in known.items() if key in source]
+    wrong = [f"{key}: shape {held}, not {wanted}" for key, held, wanted in shapes if held != wanted]
+    if wrong:
+        raise TargetError(
+            "is not the model of this file", path=known.path, problems=shortened(wrong), hint="give the one it was merged for"
+        )
     from ckptsurgeon.api import _live
 
     rows = _live.param_groups(opened_target.build_meta(), source, options)
