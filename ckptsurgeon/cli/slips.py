@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import click
 
-from ckptsurgeon.dtypes import all_names
+from ckptsurgeon.dtypes import all_names, choice
 from ckptsurgeon.hints import close_names, without_slip
 
 # Other tools' names for commands, and the words of ckptsurgeon that do the same.
@@ -184,17 +184,29 @@ def _choice(error: click.ClickException, words: Sequence[str]) -> Meant | None:
     if not isinstance(kind, click.Choice) or match is None or error.param is None:
         return None
     known = [str(value) for value in kind.choices]
-    names = [*known, *all_names()] if error.param.name == "dtype" else known
+    names = [*known, *(name for name in all_names() if choice(name) in known)] if error.param.name == "dtype" else known
     synonym = _ALSO_VALUES.get(match[1].lower().lstrip("."))
     close = [synonym] if synonym in known else close_names(match[1], names, 1)
     ending = f"; is it {close[0]}?" if close else ""
     return f"{' '.join(error.format_message().split()).rstrip('.')}{ending}", None
 
 
+def _share(error: click.ClickException, words: Sequence[str]) -> Meant | None:
+    """A share that was written as a percentage."""
+    assert isinstance(error, click.BadParameter)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    match = re.search(r": '?([\d.]+)%?'? is not", message)
+    kind = error.param.type if error.param is not None else None
+    if match is None or not isinstance(kind, click.FloatRange) or kind.max != 1 or match[1].count(".") > 1 or float(match[1]) > 100:
+        return None
+    return f"{message}; is it {float(match[1]) / 100:g}?", None
+
+
 _TABLE: tuple[tuple[type[click.ClickException], Callable[[click.ClickException, Sequence[str]], Meant | None]], ...] = (
     (click.NoSuchOption, _no_option),
     (click.MissingParameter, _missing),
     (click.BadParameter, _choice),
+    (click.BadParameter, _share),
     (click.UsageError, _other),
 )
 

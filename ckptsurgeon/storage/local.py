@@ -71,7 +71,7 @@ def _stamp(path: str, status: os.stat_result) -> FileStamp:
 def unreadable(path: str, error: OSError) -> UnreadableError:
     """The error for a file that the system can't read, or doesn't permit to read."""
     if error.errno == errno.ENOENT:
-        return UnreadableError("does not exist", path=path, hint=_other_path(path))
+        return UnreadableError("does not exist", path=path or "''", hint=_other_path(path))
     reasons = {
         errno.EACCES: ("may not be read by you", "check its permissions"),
         errno.ENXIO: ("is not a regular file", "give a checkpoint file on disk, not a pipe or a device"),

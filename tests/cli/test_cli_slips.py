@@ -326,8 +326,27 @@ def test_several_checkpoints_without_average(slips, run) -> None:
         ("--format", "pt", "torch"),
         ("--format", ".safetensor", "safetensors"),
         ("--tied", "aliases", "alias"),
+        ("--min-coverage", "90%", "0.9"),
+        ("--min-coverage", "99", "0.99"),
     ],
 )
 def test_one_of_few_words_with_a_slip(slips, run, option, wrong, right) -> None:
     ended = run("merge", "params.pt", "lm.pt", "-o", "x.pt", option, wrong)
     assert ended.code == 2 and ended.err.splitlines()[0].endswith(f"; is it {right}?"), ended.err
+
+
+@pytest.mark.parametrize("word", ["int8", "float8_e4m3fn"])
+def test_a_dtype_that_no_option_takes_is_not_offered_again(slips, run, word) -> None:
+    ended = run("merge", "params.pt", "-o", "x.pt", "--dtype", word)
+    assert ended.code == 2 and "is not one of" in ended.err and f"is it {word}" not in ended.err, ended.err
+
+
+@pytest.mark.parametrize("words", [["merge", "", "-o", "y.pt"], ["inspect", ""], ["merge", "params.pt", "", "-o", "y.pt"]])
+def test_an_empty_path_is_seen(slips, run, words) -> None:
+    ended = run(*words)
+    assert ended.code == 2 and ended.err.startswith("error: '': does not exist"), ended.err
+
+
+def test_help_shows_no_range_without_limits(run) -> None:
+    page = run("groups", "--help").out
+    assert "None" not in page and "[x>=0; required]" in page

@@ -13,16 +13,16 @@ from ckptsurgeon.cli import options
 @click.command("groups", cls=options.Command)
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("target", metavar="TARGET")
-@click.option("--lr", type=options.Number(), metavar="RATE", required=True, help="The learning rate of what was transferred.")
-@click.option("--fresh-lr", type=options.Number(), metavar="RATE", help="The learning rate of what is fresh.")
-@click.option("--fresh-scale", type=options.Number(), metavar="FACTOR", help="The learning rate of what is fresh, as a multiple of --lr.")
-@click.option("--weight-decay", type=options.Number(), metavar="DECAY", help="The weight decay of all groups.")
+@click.option("--lr", type=options.Number(0), metavar="RATE", required=True, help="The learning rate of what was transferred.")
+@click.option("--fresh-lr", type=options.Number(0), metavar="RATE", help="The learning rate of what is fresh.")
+@click.option("--fresh-scale", type=options.Number(0), metavar="FACTOR", help="The learning rate of what is fresh, as a multiple of --lr.")
+@click.option("--weight-decay", type=options.Number(0), metavar="DECAY", help="The weight decay of all groups.")
 @click.option(
     "--override", "overrides", nargs=2, type=(str, float), multiple=True, metavar="PATTERN RATE", help="A rate for the keys that match."
 )
 @click.option(
     "--layer-decay",
-    type=options.Number(),
+    type=options.Number(0),
     metavar="FACTOR",
     help="Layer by layer: what was transferred learns at --lr times FACTOR to the power of its depth below the head.",
 )
