@@ -317,15 +317,15 @@ def groups(
         raise TargetError("is no model, and only a model has parameters", path=opened_target.checkpoint.path, hint="give module:Net")
     known = opened_target.checkpoint
     source = _opening.open_source(opened, target=known)
+    from ckptsurgeon.api import _live
+
+    rows = _live.param_groups(opened_target.build_meta(), source, options)
     shapes = [(key, source[key].shape, meta.shape) for key, meta in known.items() if key in source]
     wrong = [f"{key}: shape {held}, not {wanted}" for key, held, wanted in shapes if held != wanted]
     if wrong:
         raise TargetError(
             "is not the model of this file", path=known.path, problems=shortened(wrong), hint="give the one it was merged for"
         )
-    from ckptsurgeon.api import _live
-
-    rows = _live.param_groups(opened_target.build_meta(), source, options)
     return [
         {
             "name": row["name"],
