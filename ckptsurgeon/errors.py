@@ -23,6 +23,32 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else _escape(c) for c in value)
 
 
+_WORD = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")""")
+
+
+def pasteable(text: object) -> str:
+    """`printable` for text with words in a shell's quotes: bash reads those with escapes as they are meant.
+
+    >>> print(pasteable("inspect 'a\\tb' c"))
+    inspect $'a\\tb' c
+    """
+    return printable(_WORD.sub(_in_bash, str(text)))
+
+
+def _in_bash(match: re.Match[str]) -> str:
+    word = match[0]
+    inner = word[1:-1].replace("\\", r"\\").replace("'", r"\'")
+    return word if word.isprintable() else f"$'{''.join(c if c.isprintable() else _escape_in_bash(c) for c in inner)}'"
+
+
+def _escape_in_bash(character: str) -> str:
+    """An escape for a character, which bash takes in UTF-8, or for a byte of a name that is not UTF-8."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return _escape(character) if code < 0x80 or code > 0xFF else f"\\u{code:04x}"
+
+
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
@@ -79,7 +105,7 @@ class CheckpointError(Exception):
         return "\n".join(map(printable, lines))
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n  {ADVICE} {printable(self.hint)}"
+        return self.message if self.hint is None else f"{self.message}\n  {ADVICE} {pasteable(self.hint)}"
 
 
 class UnreadableError(CheckpointError):

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import click
 
-from ckptsurgeon.errors import ADVICE, CheckpointError, OutputError, printable
+from ckptsurgeon.errors import ADVICE, CheckpointError, OutputError, pasteable
 from ckptsurgeon.hints import Unmissable
 from ckptsurgeon.shown import Result, Style, Styled, json_parts, spans_of, styled, styled_text
 
@@ -113,7 +113,7 @@ class Show:
         def listen(words: str) -> None:
             if words not in printed and (not self.quiet or isinstance(words, Unmissable)):
                 printed.add(words)
-                line = f"note: {printable(words)}"
+                line = f"note: {pasteable(words)}"
                 tell(line if isinstance(words, Unmissable) else styled(line, "faint"))
 
         return listen
@@ -255,7 +255,7 @@ def show_error(error: CheckpointError, as_json: bool) -> None:
 
 def _refusal(error: CheckpointError) -> str:
     words = styled("error:", "bad") + f" {error.message}"
-    return words if error.hint is None else words + "\n  " + styled(ADVICE, "strong") + f" {printable(error.hint)}"
+    return words if error.hint is None else words + "\n  " + styled(ADVICE, "strong") + f" {pasteable(error.hint)}"
 
 
 def show_usage_error(error: click.ClickException, as_json: bool) -> None:

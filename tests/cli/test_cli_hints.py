@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def tried(ended) -> str:
     """What an error says to try."""
     assert ended.code in (1, 2), ended
     return ended.err.partition("\n  try: ")[2].rstrip("\n")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "tab\there's", "\x1b[1m \\n", "\x85\u200b", os.fsdecode(b"bad\xff"), 'it\'s "so"\n', "plain"])
+def test_bash_reads_a_command_with_special_characters_as_it_is_meant(place, run, name) -> None:
+    """In the path, and in a key that takes a rule."""
+    inside = name.encode("utf-8", "replace").decode()
+    leaves = {"weight": torch.ones(4, 3), "bias": torch.ones(4)}
+    source, target = (
+        {"fc.weight": torch.ones(2, 3), **{f"{head}{inside}.{leaf}": value for leaf, value in leaves.items()}} for head in ("old", "new")
+    )
+    torch.save(source, "s.pt")
+    os.rename("s.pt", f"{name}.pt")
+    torch.save(target, "t.pt")
+    for shown in (run("diff", f"{name}.pt", "t.pt").out, run("match", f"{name}.pt", "t.pt").out):
+        command = shown.splitlines()[-1].partition(": ")[2]
+        assert command.isprintable() and command.startswith("ckptsurgeon merge "), shown
+        script = f'ckptsurgeon() {{ printf "%s\\0" "$@"; }}; {command}'
+        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        read = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env=env).stdout
+        words = [os.fsdecode(word) for word in read.split(b"\0")[:-1]]
+        assert words[1] == f"{name}.pt"
+        assert run(*words, "--overwrite").code == 0
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptsurgeon.command import Command, InMemory, as_words, at_root
+from ckptsurgeon.errors import pasteable
 from ckptsurgeon.planning.diff import Diff, Resize
 from ckptsurgeon.planning.prefixes.rivals import NameChange
 from ckptsurgeon.rules.rules import rule_options
@@ -270,11 +271,11 @@ def resized(sizes: Sequence[Resize], width: int | None) -> list[str]:
     lines = ["Another size:"]
     for resize in sizes:
         keys_ = listing(fold_keys(offer.key for offer in resize.offers), 2)
-        line, how = f"    {keys_}: {name(resize.role)}", shlex.join(as_words(rule_options(resize.rules)))
+        line, how = f"    {keys_}: {name(resize.role)}", pasteable(shlex.join(as_words(rule_options(resize.rules))))
         if how and width is not None and len(line) + len(how) + 10 > width:
-            lines += [f"{line};", f"        fits by {name(how)}"]
+            lines += [f"{line};", f"        fits by {how}"]
         else:
-            lines.append(f"{line}; fits by {name(how)}" if how else line)
+            lines.append(f"{line}; fits by {how}" if how else line)
     return lines
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from ckptsurgeon.errors import printable
+from ckptsurgeon.errors import pasteable, printable
 from ckptsurgeon.shown import Style, excerpt, joined, styled
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.views.folding import Folded, Several, fold, fold_keys
@@ -331,7 +331,7 @@ def pasted(label: str, command: Command, width: int | None) -> str:
     """A command to paste; if it is wider than the terminal, on several lines, broken before options."""
     words = command.words
     label = styled(label, "strong")
-    line = label + f" {name(shlex.join(words))}"
+    line = label + f" {pasteable(shlex.join(words))}"
     if width is None or len(line) <= width:
         return line
     parts: list[list[str]] = [[]]
@@ -340,7 +340,7 @@ def pasted(label: str, command: Command, width: int | None) -> str:
             parts.append([])
         parts[-1].append(word)
     lines = ["  "]
-    for part in (name(shlex.join(part)) for part in parts):
+    for part in (pasteable(shlex.join(part)) for part in parts):
         if len(lines[-1]) + len(part) + 3 > width and lines[-1].strip():
             lines.append("      ")
         lines[-1] += part if not lines[-1].strip() else f" {part}"
