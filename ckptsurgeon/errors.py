@@ -27,7 +27,7 @@ _WORD = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")""")
 
 
 def pasteable(text: object) -> str:
-    """`printable` for text with words in a shell's quotes: bash reads those with escapes as they are meant.
+    """`printable`, with words in a shell's quotes so that bash reads their escapes.
 
     >>> print(pasteable("inspect 'a\\tb' c"))
     inspect $'a\\tb' c
@@ -38,15 +38,7 @@ def pasteable(text: object) -> str:
 def _in_bash(match: re.Match[str]) -> str:
     word = match[0]
     inner = word[1:-1].replace("\\", r"\\").replace("'", r"\'")
-    return word if word.isprintable() else f"$'{''.join(c if c.isprintable() else _escape_in_bash(c) for c in inner)}'"
-
-
-def _escape_in_bash(character: str) -> str:
-    """An escape for a character, which bash takes in UTF-8, or for a byte of a name that is not UTF-8."""
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    return _escape(character) if code < 0x80 or code > 0xFF else f"\\u{code:04x}"
+    return word if word.isprintable() else f"$'{printable(inner)}'"
 
 
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
@@ -56,8 +48,8 @@ def _escape(character: str) -> str:
     if character in _SHORT:
         return _SHORT[character]
     code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
+        return f"\\x{code % 0x100:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 

@@ -10,7 +10,6 @@ from ckptsurgeon.api._opening import silent
 from ckptsurgeon.api._options import GroupOptions, RuleOptions, TrainingOptions, collect
 from ckptsurgeon.api._rules import Rules, gather
 from ckptsurgeon.errors import TargetError
-from ckptsurgeon.hints import shortened
 from ckptsurgeon.parameter_types import Given, LazyModule, NoDecay, Note, OnProgress, Renames, Scheme, Words, nn, torch
 from ckptsurgeon.report import Report
 
@@ -320,12 +319,10 @@ def groups(
     from ckptsurgeon.api import _live
 
     rows = _live.param_groups(opened_target.build_meta(), source, options)
-    shapes = [(key, source[key].shape, meta.shape) for key, meta in known.items() if key in source]
-    wrong = [f"{key}: shape {held}, not {wanted}" for key, held, wanted in shapes if held != wanted]
-    if wrong:
-        raise TargetError(
-            "is not the model of this file", path=known.path, problems=shortened(wrong), hint="give the one it was merged for"
-        )
+    wrong = next((key for key, meta in known.items() if key in source and source[key].shape != meta.shape), None)
+    if wrong is not None:
+        words = f"has the shape {known[wrong].shape}, and {source[wrong].shape} in {source.path}"
+        raise TargetError(words, path=known.path, key=wrong, hint="give the model that the file was merged for")
     return [
         {
             "name": row["name"],

@@ -192,14 +192,10 @@ def _choice(error: click.ClickException, words: Sequence[str]) -> Meant | None:
 
 
 def _share(error: click.ClickException, words: Sequence[str]) -> Meant | None:
-    """A share that was written as a percentage."""
-    assert isinstance(error, click.BadParameter)
+    """A percentage in place of a share."""
     message = " ".join(error.format_message().split()).rstrip(".")
-    match = re.search(r": '?([\d.]+)%?'? is not", message)
-    kind = error.param.type if error.param is not None else None
-    if match is None or not isinstance(kind, click.FloatRange) or kind.max != 1 or match[1].count(".") > 1 or float(match[1]) > 100:
-        return None
-    return f"{message}; is it {float(match[1]) / 100:g}?", None
+    match = re.search(r": (?='.*%' is|.*<=1$)'?(\d\d?(?:\.\d+)?|100(?:\.0)?)%?'? is not", message)
+    return (f"{message}; is it {float(match[1]) / 100:g}?", None) if match is not None else None
 
 
 _TABLE: tuple[tuple[type[click.ClickException], Callable[[click.ClickException, Sequence[str]], Meant | None]], ...] = (

@@ -204,9 +204,9 @@ def name_sources(
 
         items = average_items(items, sources, mean, problems)
     if known is not None and target is not None:
-        reached = () if outside.taken else target.loaders  # by code that was not tried yet
         read = {name for taken in outside.taken.values() for name in taken.read}
-        read |= {item.name for item in items if any(is_below(item.name, path) for path in reached)}
+        if not outside.taken:  # the loading code was not tried yet
+            read = {item.name for item in items if any(is_below(item.name, path) for path in target.loaders)}
         problems += rule_problems.rules_without_effect(active, items, {*known, *read})
     kept = [rule for rule in compiled if rule.rule.kind == "keep"]
     collisions = rule_problems.two_sources_on_one_name(items, known, kept, sources, prefixes, target is None or target.kind == "file")

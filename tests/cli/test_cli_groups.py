@@ -107,7 +107,7 @@ def test_choices_that_can_not_be(run, merged, words, reason):
 
 def test_a_file_of_other_shapes_is_not_the_models(run, merged):
     ended = run("groups", "merged.pt", "stack:Stack(words=7,classes=5)", *merged[3:])
-    assert ended.code == 2 and "  head.weight: shape (3, 4), not (5, 4)" in ended.err and ended.out == ""
+    assert ended.code == 2 and "head.weight: has the shape (5, 4), and (3, 4) in merged.pt" in ended.err and ended.out == ""
 
 
 def test_nothing_fresh_is_a_no_unless_depth_is_asked_for(run, place):

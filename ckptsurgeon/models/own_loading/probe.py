@@ -214,19 +214,17 @@ def probe_file(build: Build, target: Checkpoint, source: Checkpoint) -> Taken:
 
 
 def moment_steps(model: nn.Module, plan: Plan) -> dict[str, Step]:
-    """A plan's steps by target key, for moments: where the code of a module changes a value of another version, the step is a `load`."""
+    """A plan's steps by target key; a `load` where loading code changes a value of another version."""
     steps = {step.target: step for step in plan.steps}
     state = state_dict_of(model, type(model).__name__) if plan.versions else {}
-    own = getattr(state, "_metadata", {})
-    older = {
-        path: loader
-        for path, loader in find_loaders(model, state).items()
-        if path in plan.versions and {"version": 1, **plan.versions[path]} != {"version": 1, **plain(own.get(path))}
-    }
+    own = {path: plain(local) for path, local in getattr(state, "_metadata", {}).items() if path in plan.versions}
+    older = {path for path, local in own.items() if {"version": 1, **plan.versions[path]} != {"version": 1, **local}}
     if older:
+        loaders = {path: loader for path, loader in find_loaders(model, state).items() if path in older}
         metas = {key: TensorMeta(key, step.dtype, step.shape, ()) for key, step in steps.items() if step.sources and step.action != "load"}
-        taken = probe(lambda real=False: model, older, metas, plan.versions, ())
-        for key in {*taken.changed, *(key for path in taken.failed for key in older[path].keys)} & metas.keys():
+        taken = probe(lambda real=False: model, loaders, metas, plan.versions, ())
+        keys = {key for loader in loaders.values() for key in loader.keys} & metas.keys()
+        for key in keys if taken.failed else keys & taken.changed:
             steps[key] = replace(steps[key], action="load", ops=({"op": "load"},))
     return steps
 
