@@ -91,6 +91,34 @@ def test_what_is_not_sure_is_a_choice_or_nothing(key: str, old: Shape, new: Shap
     assert advice.rules == () and advice.reaches is None
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "beside", "found"),
+    [
+        ((6, 6, 3, 3), (6, 1, 3, 3), {}, []),  # each channel by itself on one side
+        ((6, 1, 3, 3), (6, 6, 3, 3), {}, []),
+        ((3, 3, 3, 3), (3, 1, 3, 3), {}, []),
+        ((64, 32, 3, 3), (64, 1, 3, 3), {}, []),
+        ((8, 8, 7, 7), (8, 1, 7, 7), {"stem.weight": (8, 3, 7, 7)}, []),
+        ((16, 3, 3, 3), (16, 1, 3, 3), {"stem.weight": (8, 3, 7, 7)}, [("in_channels", False)]),
+        ((16, 8, 3, 3), (16, 4, 3, 3), {"stem.weight": (8, 3, 7, 7)}, [("slice(dim=1)", False)]),
+        ((3, 8, 3, 3), (3, 4, 3, 3), {}, [("slice(dim=1)", False)]),
+    ],
+)
+def test_a_first_convolution_reads_the_image_before_any_other(
+    old: Shape, new: Shape, beside: dict[str, Shape], found: list[tuple[str, bool]]
+) -> None:
+    assert offered("conv.weight", old, new, beside) == found
+    pair = side("a", {"conv.weight": old, **beside}), side("t", {"conv.weight": new, **beside})
+    assert not any("first conv" in one.role for one in resizes(*pair, {"conv.weight": "conv.weight"}))
+
+
+def test_several_first_convolutions_change_together() -> None:
+    assert offered("rgb.conv.weight", (8, 3, 3, 3), (8, 1, 3, 3), {"out.weight": (3, 8, 3, 3)}) == [("in_channels", True)]
+    keys = {key: key for key in ("left.conv.weight", "right.conv.weight")}
+    found = resizes(side("a", dict.fromkeys(keys, (8, 3, 3, 3))), side("t", dict.fromkeys(keys, (8, 1, 3, 3))), keys)
+    assert [(one.sure, len(one.offers)) for one in found] == [(True, 2)]
+
+
 def test_a_text_s_positions_are_counted_and_an_image_s_are_a_grid() -> None:
     text = {"text.embeddings.token_embedding.weight": (60, 8)}
     image = {"vision.embeddings.patch_embedding.weight": (8, 3, 4, 4)}

@@ -47,6 +47,14 @@ class Scene:
         return frozenset((table.old[0], table.new[0]) for table in tables if table.is_token_table)
 
     @cached_property
+    def stems(self) -> Mapping[str, tuple[int, int]]:
+        """The channels of source and target, by the target's key, of the kernels to which an image may go in the source."""
+        sizes = {key: self.source[name].shape for key, name in self.pairs.items()}
+        pairs = [(key, sizes.get(key, new.shape), new.shape) for key, new in self.target.items()]
+        kernels = [pair for pair in pairs if len(pair[1]) == len(pair[2]) in (4, 5)]
+        return {key: (old[1], new[1]) for key, old, new in kernels if 1 < old[1] <= _IMAGE < old[0]}
+
+    @cached_property
     def last_module(self) -> str:
         """The module of the target's last matrix or kernel."""
         last = [key for key, tensor in self.target.items() if len(tensor.shape) > 1 and is_float(tensor)]
@@ -134,8 +142,15 @@ class Sized:
 
     @property
     def is_first_convolution(self) -> bool:
-        """Whether it is a kernel that sees the image, or what stands for it: few channels come in."""
-        return len(self.new) in (4, 5) and (min(self.old[1], self.new[1]) <= _IMAGE or bool(self.own & {"patch", "stem"}))
+        """Whether it is a kernel that sees the image, or what stands for it: no other has few channels that stay or change otherwise."""
+        channels = self.old[1], self.new[1]
+        return self.new[0] > _IMAGE and all(key == self.key or change == channels for key, change in self.scene.stems.items())
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether it is, on one side, a kernel of one group for each channel of the other."""
+        few, many = sorted((self.old[1], self.new[1]))
+        return few == 1 and self.new[0] % many == 0 and (many > _IMAGE or many == self.new[0])
 
     @property
     def is_head(self) -> bool:
@@ -216,16 +231,19 @@ def _of_one_grid(sized: Sized) -> tuple[str, str] | None:
 
 
 def _first_convolution(sized: Sized) -> Iterable[Answer] | None:
-    if len(sized.old) != len(sized.new) or not sized.is_first_convolution:
+    if len(sized.old) != len(sized.new) or len(sized.new) not in (4, 5):
         return None
-    channels = _by_shape(sized, "in_channels")
+    if (min(sized.old[1], sized.new[1]) > _IMAGE and not sized.own & {"patch", "stem"}) or sized.is_depthwise:
+        return None
+    channels, first = _by_shape(sized, "in_channels"), sized.is_first_convolution
+    words = f"{'first convolution' if first else 'kernel'}, {sized.old[1]} → {sized.new[1]} channels"
     if channels:
-        return [(channels, f"first convolution, {sized.old[1]} → {sized.new[1]} channels", True)]
+        return [(channels, words, first)]
     if (sized.old[0], *sized.old[2:]) == (sized.new[0], *sized.new[2:]):
         grows = sized.new[1] > sized.old[1]
         adapter = "pad(dim=1)" if grows else "slice(dim=1)"
         how = "the new ones zero" if grows else "the first ones"
-        return [(adapter, f"first convolution, {sized.old[1]} → {sized.new[1]} channels, {how}", False)]
+        return [(adapter, f"{words}, {how}", False)]
     patch = _by_shape(sized, "patch_embed")
     return [(patch, "patches of another size", True)] if patch else None
 
