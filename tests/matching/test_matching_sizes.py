@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+import ckptsurgeon as cs
 from ckptsurgeon.matching.proposals import advise as advise_module
 from ckptsurgeon.matching.proposals.advise import advise
 from ckptsurgeon.matching.proposals.sizes import resizes
@@ -156,6 +159,35 @@ def test_a_table_of_positions_is_a_square_grid_only_where_something_says_so() ->
     assert [sure for _, sure in offered("encoder.pos_embed", (1, 16, 8), (1, 25, 8), {"encoder.patch.weight": (8, 3, 2, 4, 4)})] == [False]
     clip = {"token_embedding.weight": (60, 8), "visual.conv1.weight": (8, 3, 4, 4)}  # the text's table stands nearer to its tokens
     assert offered("positional_embedding", (65, 8), (82, 8), clip) == [('pad(fill="init")', True)]
+
+
+def test_positions_beside_a_plain_embedding_are_a_text_s() -> None:
+    """A table of 32 x 32 positions of a text is no picture, wherever its module stands; nor is a linear layer called so a table."""
+    text = {"embedding.weight": (30, 8), "layers.0.linear1.weight": (16, 8)}
+    assert offered("pos_encoder.pe", (1, 1024, 8), (1, 4096, 8), text) == [('pad(dim=1, fill="init")', True)]
+    assert offered("pos_encoder.pe", (1024, 1, 8), (4096, 1, 8), text) == [('pad(fill="init")', True)]
+    assert offered("pos_encoder.pe", (1, 4096, 8), (1, 1024, 8), text) == [("slice(dim=1)", True)]
+    for beside in ({**text, "embedding.bias": (30,)}, {**text, "conv.weight": (8, 3, 4, 4)}):
+        assert offered("pos_encoder.pe", (1, 1024, 8), (1, 4096, 8), beside) == [("interpolate(prefix=0)", True)]
+
+
+def test_a_table_of_positions_is_of_as_many_dimensions_as_the_kernel_beside_it(tmp_path: Path) -> None:
+    """4 x 4 x 4 is 8 x 8 too, and 9 x 9 x 9 is 27 x 27."""
+    cube = (
+        "interpolate(grid=[4, 16], to=[9, 16]) | reshape(shape=[9, 16, 8]) | "
+        "interpolate(grid=[4, 4], to=[9, 9]) | reshape(shape=[1, 729, 8])"
+    )
+    patches = {"patches.weight": (8, 1, 4, 4, 4)}
+    assert offered("pos_embed", (1, 64, 8), (1, 729, 8), patches) == [(cube, False)]
+    assert offered("pos_embed", (1, 64, 8), (1, 81, 8), patches) == [("", False)]
+    assert offered("pos_embed", (1, 64, 8), (1, 81, 8), {"conv_in.weight": (8, 1, 5)}) == [("interpolate(grid=[1, 64], to=[1, 81])", False)]
+    old, goal = torch.randn(1, 64, 8), torch.zeros(1, 729, 8)
+    for name, table in (("a", old), ("t", goal)):
+        torch.save({"pos_embed": table}, tmp_path / name)
+    cs.merge(tmp_path / "a", tmp_path / "t", output=tmp_path / "o.pt", adapt={"pos_embed": cube})
+    side_of = torch.nn.functional.interpolate(torch.eye(4)[None, None], (9, 4), mode="bicubic", antialias=True)[0, 0]
+    whole = torch.einsum("ai,bj,ck,ijkd->abcd", side_of, side_of, side_of, old.reshape(4, 4, 4, 8))
+    torch.testing.assert_close(torch.load(tmp_path / "o.pt")["pos_embed"], whole.reshape(1, 729, 8))
 
 
 def test_whatever_grows_with_the_vocabulary_is_its_output() -> None:

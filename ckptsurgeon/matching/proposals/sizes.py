@@ -55,6 +55,13 @@ class Scene:
         return {key: (old[1], new[1]) for key, old, new in kernels if 1 < old[1] <= _IMAGE < old[0]}
 
     @cached_property
+    def reads_text(self) -> bool:
+        """Whether the target has a plain embedding, beside which no bias stands, and no kernel of an image."""
+        shapes = {key: len(tensor.shape) for key, tensor in self.target.items()}
+        tables = (key for key, dims in shapes.items() if dims == 2 and _own(key) == {"embed"})
+        return max(shapes.values()) < 4 and any(f"{key.removesuffix('weight')}bias" not in shapes for key in tables)
+
+    @cached_property
     def last_module(self) -> str:
         """The module of the target's last matrix or kernel."""
         last = [key for key, tensor in self.target.items() if len(tensor.shape) > 1 and is_float(tensor)]
@@ -69,14 +76,19 @@ class Sized:
         self.source_key = scene.pairs[key]
         self.old, self.new = scene.source[self.source_key].shape, scene.target[key].shape
         self.module, _, self.leaf = key.rpartition(".")
-        parts = [part for part in key.split(".") if part not in ("weight", "bias")]
-        self.own = _words(parts[-1]) if parts else frozenset()
+        self.own = _own(key)
         self.words = _words(key)
 
     @property
     def rows_alone(self) -> bool:
         """Whether the first dimension alone differs."""
         return len(self.old) == len(self.new) and self.old[1:] == self.new[1:] and self.old[:1] != self.new[:1]
+
+    @property
+    def tokens_alone(self) -> bool:
+        """Whether the last dimension but one alone differs."""
+        old, new = self.old, self.new
+        return len(old) == len(new) > 1 and (*old[:-2], old[-1]) == (*new[:-2], new[-1])
 
     @property
     def rows(self) -> str:
@@ -125,20 +137,22 @@ class Sized:
         """Whether a table of positions counts tokens of a text: a token table is nearer to it than any kernel of patches."""
         tables = self._nearest(lambda key, tensor: "tok" in _words(key) and len(tensor.shape) == 2)
         kernels = self._nearest(lambda _, tensor: len(tensor.shape) > 3)
-        named = "text" in self.words or "tok" in self.words or "wpe" in self.key.split(".")
+        named = self.scene.reads_text or "text" in self.words or "tok" in self.words or "wpe" in self.key.split(".")
         return tables < kernels or (named and kernels == inf)
+
+    @cached_property
+    def kernel_dims(self) -> set[int]:
+        """How many dimensions the kernels have that may read its input: those beside it, or else all."""
+        return _kernel_dims(self.siblings) or _kernel_dims(self.scene.target.items())
 
     @property
     def of_image(self) -> bool:
         """Whether a table of positions is surely one of a square grid: a bare one, or a kernel of two dimensions is in the model, and what
         reads the input beside it has no other number of dimensions."""
-        kernels = {
-            len(tensor.shape)
-            for key, tensor in self.siblings
-            if key.endswith("weight") and len(tensor.shape) > 2 and 1 not in tensor.shape[:2]
-        }
         bare = self.leaf not in ("weight", "bias") and len(self.new) > 2
-        return (4 in kernels or not kernels) and (bare or any(len(tensor.shape) == 4 for tensor in self.scene.target.values()))
+        return (4 in self.kernel_dims or not self.kernel_dims) and (
+            bare or any(len(tensor.shape) == 4 for tensor in self.scene.target.values())
+        )
 
     @property
     def is_first_convolution(self) -> bool:
@@ -159,6 +173,18 @@ class Sized:
         return self.rows_alone and (named or self.module == self.scene.last_module)
 
 
+def _kernel_dims(tensors: Iterable[tuple[str, TensorMeta]]) -> set[int]:
+    """The dimensions of kernels, without those of one channel in numbered lists, which are depthwise."""
+    kernels = [(key, tensor.shape) for key, tensor in tensors if key.endswith("weight") and len(tensor.shape) > 2]
+    return {len(shape) for key, shape in kernels if 1 not in shape[:2] or not any(map(str.isdigit, key.split(".")))}
+
+
+def _own(key: str) -> frozenset[str]:
+    """The words of the last part of a name that is no weight or bias."""
+    parts = [part for part in key.split(".") if part not in ("weight", "bias")]
+    return _words(parts[-1]) if parts else frozenset()
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(word for word in concepts(text) if word[0] != "#")
 
@@ -168,11 +194,12 @@ def _by_shape(sized: Sized, *names: str) -> str:
     return next((texts([op]) for op in offers(sized.old, sized.new) if op["op"] in names), "")
 
 
-def _fresh(sized: Sized) -> tuple[str, str]:
+def _fresh(sized: Sized, dim: str = "") -> tuple[str, str]:
     """What fills a table up, and in words: what the target has there, or, where nothing gives it, the mean of the rows."""
     target = sized.scene.target
     values = target.kind == "file" or (target.kind == "model" and target.in_memory != "state_dict")
-    return ('pad(fill="init")', "as the target has them") if values else ('pad(fill="mean")', "their mean")
+    fill, words = ("init", "as the target has them") if values else ("mean", "their mean")
+    return f'pad({dim}fill="{fill}")', words
 
 
 def _relative(sized: Sized) -> Iterable[Answer] | None:
@@ -205,22 +232,38 @@ def _positions(sized: Sized) -> Iterable[Answer] | None:
     if not sized.is_position_table:
         return None
     if not sized.of_text:
-        adapter = _by_shape(sized, "interpolate")
+        adapter = _on_grid(sized)
         if not adapter and (same_grid := _of_one_grid(sized)):
             return [(*same_grid, False)]
         how = "resized to the new grid" if adapter else "of another grid"
         return [(adapter, f"table of positions, {how}", bool(adapter) and sized.of_image)]
-    if not sized.rows_alone:
+    if not (sized.rows_alone or sized.tokens_alone):
         return [("", "table of positions", False)]
-    if sized.new[0] > sized.old[0]:
-        adapter, rest = _fresh(sized)
-        return [(adapter, f"positions of a text, {sized.rows}: the old ones are kept, the rest {rest}", True)]
-    return [("slice", f"positions of a text, {sized.rows}: the first ones", True)]
+    dim = 0 if sized.rows_alone else len(sized.new) - 2
+    words = f"positions of a text, {sized.old[dim]:,} → {sized.new[dim]:,}"
+    if sized.new[dim] > sized.old[dim]:
+        adapter, rest = _fresh(sized, f"dim={dim}, " if dim else "")
+        return [(adapter, f"{words}: the old ones are kept, the rest {rest}", True)]
+    return [(f"slice(dim={dim})" if dim else "slice", f"{words}: the first ones", True)]
+
+
+def _on_grid(sized: Sized) -> str:
+    """The adapter for another grid, or nothing: of a line or a cube where the kernels beside it say so."""
+    if sized.kernel_dims not in ({3}, {5}) or not sized.tokens_alone:
+        return _by_shape(sized, "interpolate")
+    old, new = sized.old[-2], sized.new[-2]
+    if sized.kernel_dims == {3}:
+        return f"interpolate(grid=[1, {old}], to=[1, {new}])"
+    a, b = (round(count ** (1 / 3)) for count in (old, new))
+    if (a**3, b**3) != (old, new):
+        return ""
+    plane, cube = f"reshape(shape=[{b}, {a * a}, {sized.new[-1]}])", f"reshape(shape={list(sized.new)})"  # the first side, then the others
+    return f"interpolate(grid=[{a}, {a * a}], to=[{b}, {a * a}]) | {plane} | interpolate(grid=[{a}, {a}], to=[{b}, {b}]) | {cube}"
 
 
 def _of_one_grid(sized: Sized) -> tuple[str, str] | None:
     """The adapter, or nothing, and words for tables of one square grid that differ in the tokens before it: a class token, registers."""
-    if len(sized.old) != len(sized.new) or len(sized.old) < 2 or (*sized.old[:-2], sized.old[-1]) != (*sized.new[:-2], sized.new[-1]):
+    if not sized.tokens_alone:
         return None
     old, new = sized.old[-2], sized.new[-2]
     left = next((count for count in range(_BEFORE) if square_root(min(old, new) - count) is not None), _BEFORE)
