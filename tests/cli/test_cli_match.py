@@ -272,6 +272,7 @@ def test_forward_proves_a_right_mapping_and_finds_a_wrong_model_out(run, two):
     assert found["forward"]["same"] and found["forward"]["outputs"][0]["difference"] < 1e-5 < found["forward"]["outputs"][0]["scale"]
     other = run("match", "here.pt", "two:There(factor=1.01)", *words[3:], "-o", "rules.toml")
     assert other.code == 1 and "NOT the same from both models" in other.out and not Path("rules.toml").exists()
+    assert "Next: " not in other.out and "ckptsurgeon merge" not in other.out and "merge nothing before you know" in other.out
     assert run("match", "here.pt", "two:There(factor=1.01)", *words[3:], "--tolerance", "0.1").code == 0
 
 

@@ -125,6 +125,8 @@ def _next(proposal: Proposal, doubtful: bool, width: int | None) -> list[str]:
         return [no_merge(proposal.target, proposal.unkept)]
     if proposal.refused is not None:  # the error says what to do
         return []
+    if proposal.forward is not None and not proposal.forward.same:
+        return ["A link is wrong, or the models compute otherwise: merge nothing before you know (-v shows all links)."]
     merge = Command("merge", proposal.source, proposal.target, proposal.output, (*root, *proposal.options, *rule_options(proposal.beside)))
     if proposal.written is not None:
         first = "Next: choose a layout in it, then" if proposal.open else "Next: read it, then"
