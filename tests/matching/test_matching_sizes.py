@@ -226,3 +226,14 @@ def test_equal_offers_are_one_pattern_that_names_no_other_key() -> None:
     new = {**dict.fromkeys(keys, (8, 32)), "layers.0.self_attn.q_proj.weight": (32, 32)}
     (one,) = resizes(side("a", old), side("t", new), {key: key for key in keys})
     assert [(rule.pattern, rule.result) for rule in one.rules] == [("layers.*.self_attn.{k_proj,v_proj}.weight", "group_mean(heads=4)")]
+
+
+def test_a_list_is_shifted_though_each_of_its_names_is_on_both_sides() -> None:
+    def convolutions(*channels: int) -> dict[str, Shape]:
+        pairs = enumerate(zip(channels[1:], channels[:-1], strict=True))
+        return {f"features.{2 * i}.{leaf}": shape for i, (o, n) in pairs for leaf, shape in (("weight", (o, n, 3, 3)), ("bias", (o,)))}
+
+    short, long = side("a", convolutions(3, 8, 8, 8)), side("t", convolutions(3, 3, 8, 8, 8))
+    for pair, step in (((short, long), "+2"), ((long, short), "-2")):
+        rules = [rule for rule in advise(compare(*pair), *pair).rules if rule.kind == "rename"]
+        assert [(rule.pattern, rule.result) for rule in rules] == [("features.{i}.{p}", f"features.{{i{step}}}.{{p}}")]

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import CheckpointError, RuleError
+from ckptsurgeon.matching.module_tree import fold
 from ckptsurgeon.matching.proposals.propose import Proposal, propose
 from ckptsurgeon.matching.proposals.shares import LEAST
 from ckptsurgeon.matching.proposals.sizes import resizes
@@ -159,10 +160,16 @@ def _have_old_names(case: Case, diff: Diff) -> bool:
 
 
 def _open(case: Case, diff: Diff) -> bool:
-    """Whether names are left over on both sides, or matrices are turned (square ones of their kind are too)."""
+    """Whether names are left over on both sides, matrices are turned (square ones of their kind are too), or a numbered list that is longer on
+    one side may be shifted."""
+    rows = diff.mismatched
+    shifted = any(
+        not {fold(key) for key in keys}.isdisjoint(map(fold, left))
+        for keys, left in (([row.key for row in rows], diff.missing), ([row.source for row in rows], diff.extra))
+    )
     names = any(key in case.target for key in diff.missing) and any(key in case.source for key in diff.extra)
-    turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in diff.mismatched)
-    return names or turned
+    turned = any(len(row.source_shape) == 2 and row.source_shape == row.target_shape[::-1] for row in rows)
+    return names or turned or shifted
 
 
 def _stays(link: Link) -> bool:
