@@ -160,8 +160,8 @@ def _have_old_names(case: Case, diff: Diff) -> bool:
 
 
 def _open(case: Case, diff: Diff) -> bool:
-    """Whether names are left over on both sides, matrices are turned (square ones of their kind are too), or a numbered list that is longer on
-    one side may be shifted."""
+    """Whether names are left over on both sides, matrices are turned (square ones of their kind are too), or a list that is longer on one
+    side may be shifted."""
     rows = diff.mismatched
     shifted = any(
         not {fold(key) for key in keys}.isdisjoint(map(fold, left))
