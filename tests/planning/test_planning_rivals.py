@@ -13,6 +13,7 @@ from profiles import examples
 
 from ckptsurgeon.command import as_words
 from ckptsurgeon.errors import PlanError, RuleError
+from ckptsurgeon.matching.proposals.propose import propose
 from ckptsurgeon.planning.apply_rules import name_sources
 from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.planning.plan import make_plan
@@ -119,3 +120,14 @@ def test_a_change_that_takes_many_rules_is_listed_without(monkeypatch: pytest.Mo
     *_, option, key, name = shlex.split(error.value.hint or "")
     assert option == "--rename" and key in source and name in goal and source[key].shape == goal[name].shape
     assert "No few rules choose it" in str(compare(source, goal))
+
+
+def test_a_rival_is_left_out_by_its_own_prefix_and_what_is_offered_works_for_matching_too() -> None:
+    net = {"conv1.weight": (4, 3, 3, 3), "layer1.0.conv1.weight": (4, 4, 3, 3), "layer1.0.bn1.weight": (4,)}
+    towers = {f"module.encoder_{tower}.{key}": shape for tower in "qk" for key, shape in {**net, "fc.weight": (16, 4)}.items()}
+    source, target = checkpoint(towers), model({**net, "fc.weight": (10, 4)})
+    ways = compare(source, target).rivals
+    assert [as_words(way.options) for way in ways] == [("--drop", "encoder_k.**"), ("--drop", "encoder_q.**")]
+    for way in ways:
+        found = propose(source, target, way.rules)
+        assert {link.sources[0]: link.targets[0] for link in found.applied} == way.mapping and found.refusal() is None

@@ -37,6 +37,7 @@ from ckptsurgeon.rules.rules import Outside, Rule, compile_rules
 from ckptsurgeon.shown import Result
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import Checkpoint
+from ckptsurgeon.wrappers import WRAPPERS, unwrap
 
 Judge = Callable[[Matching], tuple[Matching, tuple[str, ...]]]  # a matching with its links judged, and warnings
 UNWRITABLE = "a key that no text can have"
@@ -282,7 +283,8 @@ def _open_task(source: Checkpoint, target: Checkpoint, before: tuple[Rule, ...],
     active = [compiled for compiled in compile_rules(before, outside) if not compiled.of_target]
     by_rules = {key: origin for key, origin in origins(source, target, before, outside).items() if origin.fits and origin.rules}
     read = {key for origin in by_rules.values() for _, key in origin.source_keys}
-    touched = {key for key in source if any(compiled.match(name, 0) is not None for compiled in active for name in (prefix.bare(key), key))}
+    readings = {key: (prefix.bare(key), key, *({unwrap(key, WRAPPERS)} - source.keys())) for key in source}
+    touched = {key for key, names in readings.items() if any(compiled.match(name, 0) is not None for compiled in active for name in names)}
     led = {key: (tuple(source_key for _, source_key in origin.source_keys), origin.ops) for key, origin in by_rules.items()}
     return Task(source, target, (), before, outside, led, frozenset(touched | read))
 

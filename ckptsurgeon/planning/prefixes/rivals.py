@@ -119,13 +119,14 @@ class _Trial:
 
 
 def _rules(chosen: Change, rivals: Sequence[Change], source: Checkpoint, head: str) -> Iterator[tuple[Rule, ...]]:
-    """Rules that may choose a change, the shortest first: by its prefix, by the heads of its keys, and key by key."""
+    """Rules that may choose a change, the shortest first: by the rivals' prefixes, by its own, by the heads of its keys, and key by key."""
     from ckptsurgeon.rules.drafting.cover import dropping
 
     left_out = {key for rival in rivals for key in rival.mapping} - chosen.mapping.keys()
     if chosen.collides:
         taken = chosen.mapping.values()
         left_out |= {key for key in source if key in taken and key not in chosen.mapping}
+    yield tuple(Rule("drop", f"{head}{literal(unwrap(rival.prefix.stripped, WRAPPERS))}**") for rival in rivals if rival is not chosen)
     yield _by_prefix(chosen, left_out, source, head)
     moved = tuple(_by_heads(chosen.mapping, head))
     yield (*dropping(left_out, source.keys() - left_out, head), *moved)
