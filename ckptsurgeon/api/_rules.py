@@ -134,7 +134,7 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
     ruling = bring((*arguments, *_turned(loaded, sources, reverse)), note, schemes=schemes)
     options_of_rules = rule_options([*arguments, *(item if isinstance(item, Rule) else os.fspath(item) for item in sources)])
     files = any(not isinstance(item, Rule) for item in sources)  # they have the variables still
-    more: list[Option] = [("set", f"{name}={number}") for name, number in numbers.items() if files]
+    more: list[Option] = [("set", f"{name}={number}") for name, number in numbers.items() if files or options.match]
     more += [] if options.conversions else [("no-conversions",)]
     unused = tuple(name for name in numbers if name not in used)
     return replace(ruling, options=(*options_of_rules, *([("reverse",)] if reverse else []), *more), unused=unused)

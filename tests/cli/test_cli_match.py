@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -269,11 +270,34 @@ def test_forward_proves_a_right_mapping_and_finds_a_wrong_model_out(run, two):
     assert ended.code == 0 and "outputs         1   the same from both models" in ended.out and "output and output.logits" in ended.out
     found = run(*words, "--json").json
     fits(found, "match")
+    following = ended.out.splitlines()[-1].partition(" ckptsurgeon ")[2].split()
+    assert following == [*words[:3], "-o", "rules.toml", *words[3:]]  # --match would find the layout open again
+    merging = run(*following).out.splitlines()[-1].partition(" ckptsurgeon ")[2].split()
+    assert merging[0] == "merge" and run(*merging).code == 0
+    Path("rules.toml").unlink()
     assert found["forward"]["same"] and found["forward"]["outputs"][0]["difference"] < 1e-5 < found["forward"]["outputs"][0]["scale"]
     other = run("match", "here.pt", "two:There(factor=1.01)", *words[3:], "-o", "rules.toml")
     assert other.code == 1 and "NOT the same from both models" in other.out and not Path("rules.toml").exists()
     assert "Next: " not in other.out and "ckptsurgeon merge" not in other.out and "merge nothing before you know" in other.out
     assert run("match", "here.pt", "two:There(factor=1.01)", *words[3:], "--tolerance", "0.1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "verb"),
+    [
+        (["--layout", "as-is", "--accept-uncertain"], "merge"),
+        (["--layout", "as-is=layers.1.**", "--min-coverage", "0.1"], "match"),
+        (["--layout", "as-is", "--values"], "match"),
+        (["--rules", "own.toml", "--layout", "as-is=**"], "merge"),
+    ],
+)
+def test_the_next_command_has_the_options_of_this_one(run, two, given, verb):
+    Path("own.toml").write_text("[[rename]]\nfrom = 'stem.{p}'\nto = 'embed.{p}'\n")
+    ended = run("match", "here.pt", "two:There", *given)
+    following = shlex.split(ended.out.splitlines()[-1].partition(" ckptsurgeon ")[2])
+    assert ended.code == 0 and following[0] == verb, ended
+    assert {"as-is" if word == "as-is=**" else word for word in given} <= set(following)
+    assert run(*following).code == 0
 
 
 @pytest.mark.parametrize(

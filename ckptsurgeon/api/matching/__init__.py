@@ -13,6 +13,7 @@ from ckptsurgeon.api._options import RuleOptions, collect, facts, refuse_idle
 from ckptsurgeon.api._rules import Rules, gather, refuse_unused
 from ckptsurgeon.errors import PlanError
 from ckptsurgeon.matching.evidence.value_evidence import judged
+from ckptsurgeon.matching.layouts.choices import ALL
 from ckptsurgeon.matching.proposals.advise import with_sizes
 from ckptsurgeon.matching.proposals.propose import Judge, Proposal, propose
 from ckptsurgeon.parameter_types import Given, Note, OnProgress, Renames, Words
@@ -111,7 +112,20 @@ def match(
         )
         refuse_unused([name for name in ruling.unused if name not in proposal.numbers_used])
         proposal = with_sizes(proposal, source_checkpoint, opened_target.checkpoint, ruling.outside)
-    proposal = replace(proposal, output=_opening.unused_name(source_checkpoint, opened_target.checkpoint))
+    layouts = (("layout", "as-is" if pattern == ALL else f"as-is={pattern}") for pattern in options.layout or ())
+    flags = {"accept-uncertain": accept_uncertain, "values": values}
+    run = {"source-model": source_model, "forward": forward, "tolerance": None if tolerance == TOLERANCE else f"{tolerance:g}"}
+    proposal = replace(
+        proposal,
+        output=_opening.unused_name(source_checkpoint, opened_target.checkpoint),
+        spelled=proposal.spelled or values,
+        asked=(
+            *ruling.options,
+            *layouts,
+            *((name,) for name, given in flags.items() if given),
+            *((name, given) for name, given in run.items() if isinstance(given, str)),
+        ),
+    )
     if forward is not None and source_model is not None:
         from ckptsurgeon.api.matching.trying import tried
 

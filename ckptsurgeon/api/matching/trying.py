@@ -97,7 +97,7 @@ def tried(
         note("several layouts give the same outputs from both models: other inputs may tell them apart")
         return replace(proposal, forward=best.twins)
     chosen = min([best, *near], key=lambda trial: trial.choice)
-    return replace(chosen.proposal, forward=chosen.twins)
+    return replace(chosen.proposal, forward=chosen.twins, spelled=True)
 
 
 def _known(proposal: Proposal, numbers: Mapping[str, int], note: Note) -> Proposal:

@@ -65,6 +65,8 @@ def command(
 
         refuse_output(output, overwrite, "rules.toml")
     proposal = api.match(checkpoint, target, rules=rules, note=note, **choices)
+    if min_coverage is not None:
+        proposal = replace(proposal, asked=(*proposal.asked, ("min-coverage", f"{min_coverage:g}")))
     hint = "or ask for less: --min-coverage 0.1"
     refusal = proposal.refusal(less=hint) if min_coverage is None else proposal.refusal(min_coverage, hint)
     differs = proposal.forward is not None and not proposal.forward.same

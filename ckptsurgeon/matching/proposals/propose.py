@@ -73,13 +73,13 @@ class Proposal(Matching, Result):
         forward: how far both models' outputs differ, where they ran.
         rivals: prefixes between which nothing decides, each with the rules that choose it.
         options: what a merge needs beside the rules, as options of a command: a `--drop` for each value that can't be carried.
-        stands: the patterns of target keys whose layout is taken as it stands, which a merge that matches again needs too.
+        asked: the options that it was made with, which a command that matches again needs too.
         unkept: keys of a target file whose values can't be kept, so that no merge can take it as its target.
         written: the rules file that was written, or None.
         refused: why the links are no mapping to follow, where that was asked.
         sizes: what keys are that both sides have in another size.
         beside: adapters for these that the next command carries beside the links.
-        spelled: whether these need the rules written out, since `--match` comes after what they name.
+        spelled: whether the rules have to be written out, since `--match` alone would not lead to them.
         output: where the next command would write.
         task: what the rules were made for.
         accepts: whether uncertain links are applied too.
@@ -106,7 +106,7 @@ class Proposal(Matching, Result):
     forward: Twins | None = None
     rivals: tuple[NameChange, ...] = ()
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
-    stands: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    asked: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     unkept: tuple[str, ...] = field(default=(), repr=False, compare=False)
     written: str | None = field(default=None, repr=False, compare=False)
     refused: str | None = field(default=None, repr=False, compare=False)
@@ -218,7 +218,6 @@ def propose(
     return replace(
         proposal,
         numbers_used=tuple(used),
-        stands=tuple(layout),
         loose=without_a_rule(names, target, *keys_left(proposal, proposal.applied)),
         conversions=names.applied.words,
         warnings=(*_passed_over(source, target), *warnings, *((lost,) if (lost := lost_factors(matching.unused)) is not None else ())),
@@ -271,7 +270,9 @@ def again(proposal: Proposal, links: Sequence[Link]) -> Proposal:
     """The proposal of the same two sides with other links; what was said of it stays."""
     assert proposal.task is not None
     remade = rule(result(list(links), proposal.task.source, proposal.task.target, proposal.order), proposal.task, accept=proposal.accepts)
-    kept = {name: getattr(proposal, name) for name in ("warnings", "rivals", "unkept", "numbers_used", "sizes", "output")}
+    kept = {
+        name: getattr(proposal, name) for name in ("warnings", "rivals", "unkept", "numbers_used", "sizes", "output", "asked", "options")
+    }
     return replace(remade, **kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ckptsurgeon.command import Command, at_root
-from ckptsurgeon.matching.layouts.choices import ALL, as_is_options
+from ckptsurgeon.matching.layouts.choices import as_is_options
 from ckptsurgeon.matching.proposals.propose import Proposal
 from ckptsurgeon.matching.rules_from_links import to_toml
 from ckptsurgeon.planning.links import Link
@@ -15,6 +15,7 @@ from ckptsurgeon.views.text.words import answer, count, fitted, heading, keys, l
 from ckptsurgeon.views.text.words import coverage as coverage_words
 
 ROWS = 20  # rules that are shown
+_ALONE = ("min-coverage", "source-model", "forward", "tolerance")  # options that a merge lacks, or means otherwise
 
 
 def matching(proposal: Proposal, verbose: bool = False, width: int | None = None) -> str:
@@ -59,7 +60,7 @@ def matching(proposal: Proposal, verbose: bool = False, width: int | None = None
     if proposal.rivals:
         lines += choices(
             proposal.rivals,
-            Command("match", proposal.source, proposal.target, options=(*at_root(proposal.root), *rule_options(proposal.before))),
+            Command("match", proposal.source, proposal.target, options=(*at_root(proposal.root), *proposal.asked)),
             proposal.in_memory,
             width,
         )
@@ -120,7 +121,8 @@ def _next(proposal: Proposal, doubtful: bool, width: int | None) -> list[str]:
         command = Command("inspect", proposal.source, options=at_root(proposal.root))
         look = next_step("Nothing is matched. See what is there:", command, (proposal.in_memory[0], ""), width)
         return look or ["Nothing is matched."]
-    root, own = at_root(proposal.root), rule_options(proposal.before)
+    root, asked = at_root(proposal.root), proposal.asked
+    names = tuple(option for option in asked if option[0] == "no-conversions")
     if proposal.unkept:
         return [no_merge(proposal.target, proposal.unkept)]
     if proposal.refused is not None:  # the error says what to do
@@ -130,11 +132,11 @@ def _next(proposal: Proposal, doubtful: bool, width: int | None) -> list[str]:
     merge = Command("merge", proposal.source, proposal.target, proposal.output, (*root, *proposal.options, *rule_options(proposal.beside)))
     if proposal.written is not None:
         first = "Next: choose a layout in it, then" if proposal.open else "Next: read it, then"
-        return next_step(first, merge.having(("rules", proposal.written)), proposal.in_memory, width)
-    if doubtful or proposal.refusal() is not None:
-        closer = Command("match", proposal.source, proposal.target, "rules.toml", (*root, *own))
+        return next_step(first, merge.having(*names, ("rules", proposal.written)), proposal.in_memory, width)
+    if doubtful or proposal.refusal() is not None or (proposal.spelled and not proposal.beside):
+        closer = Command("match", proposal.source, proposal.target, "rules.toml", (*root, *asked))
         label = "Next: look closer," if any(proposal.in_memory) else "Next: look closer, in a file,"
         return next_step(label, closer, proposal.in_memory, width)
-    again = (*(("layout", "as-is" if pattern == ALL else f"as-is={pattern}") for pattern in proposal.stands), ("match",))
-    how = rule_options(ruled.rule for ruled in proposal.ruled) if proposal.spelled and proposal.beside else again
-    return next_step("Next:", merge.having(*own, *how), proposal.in_memory, width)
+    again = (*(option for option in asked if option[0] not in _ALONE), ("match",))
+    spelled = (*names, *rule_options((*proposal.before, *(ruled.rule for ruled in proposal.ruled))))
+    return next_step("Next:", merge.having(*(spelled if proposal.spelled else again)), proposal.in_memory, width)
