@@ -85,10 +85,10 @@ def load_rules(path: Path, *, reverse: bool = False, numbers: Mapping[str, int] 
     return turn_round(rules)
 
 
-def _read(path: Path, numbers: Mapping[str, int], used: set[str]) -> tuple[Rule, ...]:
-    """The rules of a file. Adds the names of the numbers that they use to `used`."""
+def _read(path: Path, numbers: Mapping[str, int], used: set[str], note: Note = silent) -> tuple[Rule, ...]:
+    """The rules of a file. Adds the names of the numbers that they use to `used`, and notes the layouts that it leaves open."""
     from ckptsurgeon.rules import toml_text
-    from ckptsurgeon.rules.rulefile import parse_rules
+    from ckptsurgeon.rules.rulefile import left_open, parse_rules
     from ckptsurgeon.storage.opening import open_regular
 
     name = os.fspath(path)
@@ -97,7 +97,10 @@ def _read(path: Path, numbers: Mapping[str, int], used: set[str]) -> tuple[Rule,
         toml_text.check({"toml-bytes": file.size}, name)
         raw = bytes(file.read(0, file.size))
     try:
-        return parse_rules(raw.removeprefix(b"\xef\xbb\xbf").decode(), name, numbers, used)
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode()
+        for words in left_open(text):
+            note(f"{name}: {words}, and no way is chosen, so that they get no values: take the mark from one")
+        return parse_rules(text, name, numbers, used)
     except UnicodeDecodeError as error:
         raise RuleError("is no text", path=name, hint="a rules file is TOML, in UTF-8") from error
 
@@ -129,7 +132,7 @@ def gather(options: RuleOptions, *, schemes: bool = True, note: Note = silent) -
     sources = [_filled([item], numbers, used)[0] if isinstance(item, Rule) else item for item in sources]
     if reverse and all(isinstance(item, Rule) for item in sources):
         raise RuleError("there is no rules file to turn round", hint="rules='rules.toml', reverse=True")
-    loaded = _loaded(sources, numbers, used)
+    loaded = _loaded(sources, numbers, used, note)
     _refuse_unused(numbers, used, options)
     ruling = bring((*arguments, *_turned(loaded, sources, reverse)), note, schemes=schemes)
     options_of_rules = rule_options([*arguments, *(item if isinstance(item, Rule) else os.fspath(item) for item in sources)])
@@ -171,12 +174,12 @@ def _refuse_unused(numbers: Mapping[str, int], used: set[str], options: RuleOpti
         refuse_unused([name for name in numbers if name not in used])
 
 
-def _loaded(sources: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[str]) -> list[tuple[Rule, ...]]:
+def _loaded(sources: Sequence[Path | Rule], numbers: Mapping[str, int], used: set[str], note: Note) -> list[tuple[Rule, ...]]:
     """The rules of each file, and each `Rule` by itself. Raises one RuleError for the problems of all files."""
     loaded, errors = [], []
     for source in sources:
         try:
-            loaded.append((source,) if isinstance(source, Rule) else _read(source, numbers, used))
+            loaded.append((source,) if isinstance(source, Rule) else _read(source, numbers, used, note))
         except RuleError as error:
             errors.append(error)
     if len(errors) == 1:

@@ -48,7 +48,15 @@ FORMS: Mapping[Kind, Form] = {
     "stage": Form(((),)),
 }
 SET = "set"  # the table of numbers for variables
+OPEN = "# Layout open ("  # how the comment of a layout in doubt begins
 _JOINT = {"from": " + ", "to": " + ", "key": " + ", "op": " | "}
+
+
+def left_open(text: str) -> Iterator[str]:
+    """What a rules file says of each open layout of which no way has lost its marks."""
+    for part in text.replace("\r", "").split("\n\n"):
+        if part.startswith(OPEN) and all(line.startswith("#") for line in part.splitlines()):
+            yield part.partition(":")[0].removeprefix("# ")
 
 
 def parse_rules(text: str, path: str, numbers: Mapping[str, int] = {}, used: set[str] | None = None) -> tuple[Rule, ...]:

@@ -64,6 +64,21 @@ def test_what_takes_layouts_as_they_stand_is_in_the_next_command(run, rotary, wo
     assert torch.equal(load_file("merged.safetensors")[Q.format(1)], rotary[WQ.format(1)])
 
 
+def test_a_rules_file_that_leaves_a_layout_open_says_so(run, rotary):
+    assert run("match", "a.safetensors", "t.safetensors", "-o", "rules.toml").code == 0
+    words = ("merge", "a.safetensors", "t.safetensors", "-o", "o.safetensors", "--overwrite", "--rules", "rules.toml")
+    done = run(*words)
+    assert done.code == 0 and "rules.toml: Layout open (rotary), 4 tensors, and no way is chosen" in done.err
+    path = Path("rules.toml")
+    parts = path.read_text().split("\n#\n")
+    way = next(at for at, part in enumerate(parts) if "# [[" in part)
+    words_of_way, _, rules = parts[way].partition("\n")
+    parts[way] = f"{words_of_way}\n{rules.replace('# ', '')}"
+    path.write_text("\n#\n".join(parts))
+    done = run(*words)
+    assert done.code == 0 and "Layout open" not in done.err and "coverage 100.0 %" in done.out
+
+
 def test_gate_and_up_that_one_side_counts_are_chosen_together(run, place):
     w1, w2, gate, up = (f"{name}.weight" for name in ("h.0.mlp.w1", "h.0.mlp.w2", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"))
     source = {w1: torch.randn(24, 8), w2: torch.randn(24, 8), "h.0.mlp.c_proj.weight": torch.randn(8, 24)}

@@ -17,7 +17,7 @@ from ckptsurgeon.planning.links import Link
 from ckptsurgeon.rules.drafting.drafts import Draft, Known
 from ckptsurgeon.rules.drafting.rows import literal, rows
 from ckptsurgeon.rules.patterns import literal as one_key
-from ckptsurgeon.rules.rulefile import SET, to_toml
+from ckptsurgeon.rules.rulefile import OPEN, SET, to_toml
 from ckptsurgeon.rules.rules import Rule, linked
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def toml(
 def _open(layout: Open) -> str:
     """The ways to settle an open layout, each as rules in comments."""
     lines = [
-        f"# Layout open ({layout.kind}), {len(layout.targets)} tensors: {layout.untold}.",
+        f"{OPEN}{layout.kind}), {len(layout.targets)} tensors: {layout.untold}.",
         "# Take the mark from the rules of one way; a [[drop]] below that is for their keys alone must go then.",
     ]
     if layout.variables:
