@@ -237,3 +237,13 @@ def test_a_list_is_shifted_though_each_of_its_names_is_on_both_sides() -> None:
     for pair, step in (((short, long), "+2"), ((long, short), "-2")):
         rules = [rule for rule in advise(compare(*pair), *pair).rules if rule.kind == "rename"]
         assert [(rule.pattern, rule.result) for rule in rules] == [("features.{i}.{p}", f"features.{{i{step}}}.{{p}}")]
+
+
+def test_fewer_layers_under_another_name_are_said_too() -> None:
+    def layers(name: str, many: int) -> dict[str, Shape]:
+        block = {"qkv.weight": (24, 8), "proj.weight": (8, 8), "fc1.weight": (32, 8), "fc2.weight": (8, 32), "norm.weight": (8,)}
+        return {"tok.weight": (20, 8), **{f"{name}.{i}.{key}": shape for i in range(many) for key, shape in block.items()}}
+
+    pair = side("a", layers("blocks", 4)), side("t", layers("layers", 2))
+    found = replace(compare(*pair), advice=advise(compare(*pair), *pair))
+    assert "blocks: the first 2 of 4 are kept.\n" in str(found)

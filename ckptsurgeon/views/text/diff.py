@@ -183,11 +183,14 @@ def _next(diff: Diff, width: int | None) -> list[str]:
 
 def _cut(diff: Diff) -> Iterator[str]:
     """A sentence for each numbered list of layers of which one side has only the first, so that dropped layers are noticed."""
-    extra = _numbers(diff.prefix.added + diff.prefix.bare(key) for key in diff.extra)
-    missing = _numbers(diff.missing)
+    advice = diff.advice
+    links = [link for link in advice.links if link.certain] if advice.carried or advice.match else []
+    sources, targets = {key for link in links for key in link.sources}, {key for link in links for key in link.targets}
+    extra = _numbers(diff.prefix.added + diff.prefix.bare(key) for key in diff.extra if key not in sources)
+    missing = _numbers(key for key in diff.missing if key not in targets)
     if extra.keys() == missing.keys():  # the matched keys may be a million
         return
-    shared = _numbers(diff.matched)
+    shared = _numbers([*diff.matched, *(diff.prefix.added + diff.prefix.bare(key) for key in sources), *targets])
     for head, beyond in extra.items():
         if head not in missing and (kept := _first(shared.get(head), beyond)):
             yield f"{name(head)}: the first {kept} of {kept + len(beyond)} are kept."
