@@ -80,6 +80,16 @@ def test_half_of_two_models_of_other_names_is_none() -> None:
     assert share > 0.5 and "even uncertain links explain only" in why
 
 
+@pytest.mark.parametrize(("classes", "why"), [((2, 400), ""), ((2, 300), "even uncertain links explain only 66.6 %")])
+def test_a_head_of_other_classes_is_no_reason(classes: tuple[int, int], why: str) -> None:
+    def small(first: str, second: str, head: str, shape: tuple[int, int]) -> Rows:
+        rows: Rows = [(first, (6, 3, 5, 5)), (second, (16, 6, 5, 5)), (head, shape)]
+        return [(f"{name}.{leaf}", size[: 1 if leaf == "bias" else None]) for name, size in rows for leaf in ("weight", "bias")]
+
+    share, said = found(small("conv1", "conv2", "fc", (10, 400)), small("stem", "body", "cls", classes))
+    assert share > 0.6 and said.startswith(why) and bool(said) == bool(why)
+
+
 def test_half_of_a_model_under_its_own_names_is_a_mapping() -> None:
     share, why = found([*WORDS, ("extra.weight", (300, 8))], [*WORDS, ("other.weight", (400, 8))])
     assert share < 0.8 and why == ""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from math import inf
 
 from ckptsurgeon.matching.evidence.roles import PLACES, STEM, role_of
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, implied
 from ckptsurgeon.matching.layouts.sides import Side, Sides
-from ckptsurgeon.matching.module_tree import around, fold, is_float
+from ckptsurgeon.matching.module_tree import around, fold, is_float, module_of, squeezed
 from ckptsurgeon.report import Coverage
 from ckptsurgeon.sizes import percent
 from ckptsurgeon.tensors import TensorMeta
@@ -75,8 +75,12 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
     met = any(key in done or _sized(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
     if all(inputs) and not met:
         return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
+    heads = _new_heads(sides)
     shares = [
-        share_of(done, {key: tensor for key, tensor in side.items() if key in done or _sized(key, side) not in resized})
+        share_of(
+            done,
+            {key: tensor for key, tensor in side.items() if key in done or not (module_of(key) in heads or _sized(key, side) in resized)},
+        )
         for done, side in sides
     ]
     if max(shares) < NEARLY_ALL:
@@ -90,6 +94,14 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
         or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
         or _other_parts(_left_in_every_block(*sides[0]), _left_in_every_block(*sides[1]), *sides)
     )
+
+
+def _new_heads(sides: Sequence[tuple[Collection[str], Tensors]]) -> Set[str]:
+    """The one layer of each side that has no partner, where both differ in their rows alone: a head of other classes."""
+    left = [[key for key, tensor in side.items() if key not in done and len(tensor.shape) > 1] for done, side in sides]
+    widths = [squeezed(side[key].shape[1:]) for keys, (_, side) in zip(left, sides, strict=True) for key in keys]
+    alone = all(len(keys) == 1 for keys in left) and widths[0] == widths[1]
+    return {module_of(key) for keys in left for key in keys} if alone else frozenset()
 
 
 def _learned_places(done: Collection[str], side: Tensors) -> str:
