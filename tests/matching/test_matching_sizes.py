@@ -247,3 +247,26 @@ def test_fewer_layers_under_another_name_are_said_too() -> None:
     pair = side("a", layers("blocks", 6)), side("t", layers("layers", 3))
     found = replace(compare(*pair), advice=advise(compare(*pair), *pair))
     assert "blocks: the first 3 of 6 are kept.\n" in str(found)
+
+
+@pytest.mark.parametrize("rows", [(64, 72), (64, 32)])
+def test_what_has_another_name_and_another_size_is_offered_and_not_carried(rows: tuple[int, int], tmp_path: Path) -> None:
+    def model(names: tuple[str, ...], words: int) -> dict[str, Shape]:
+        table, layer, norm, head = names
+        middle = {f"{layer}.{i}.mlp.weight": (8, 8) for i in range(2)}
+        return {f"{table}.weight": (words, 8), **middle, f"{norm}.weight": (8,), f"{head}.weight": (words, 8)}
+
+    old = model(("model.embed_tokens", "model.layers", "model.norm", "lm_head"), rows[0])
+    new = model(("tok_embeddings", "blocks", "final_norm", "output"), rows[1])
+    pair = side("a", old), side("t", new)
+    advice = advise(compare(*pair), *pair)
+    assert advice.carried and all(rule.kind == "rename" for rule in advice.rules) and not any(one.sure for one in advice.sizes)
+    rules = [rule for one in advice.sizes for rule in one.rules]
+    assert [rule.pattern for rule in rules] == ["model.embed_tokens.weight -> tok_embeddings.weight", "lm_head.weight -> output.weight"]
+    for name, shapes in (("a.pt", old), ("t.pt", new)):
+        torch.save({key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / name)
+    report = cs.merge(tmp_path / "a.pt", tmp_path / "t.pt", output=tmp_path / "o.pt", rules=[*advice.rules, *rules])
+    assert report.coverage.tensors == 1.0
+    got, given = (torch.load(tmp_path / name) for name in ("o.pt", "a.pt"))
+    least = min(rows)
+    assert torch.equal(got["tok_embeddings.weight"][:least], given["model.embed_tokens.weight"][:least])

@@ -6,6 +6,7 @@ that the key's source belongs elsewhere, and nothing that is uncertain. Pure: no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.matching.module_tree import fold
 from ckptsurgeon.matching.proposals.propose import Proposal, propose
-from ckptsurgeon.matching.proposals.shares import LEAST
+from ckptsurgeon.matching.proposals.shares import LEAST, sized_role
 from ckptsurgeon.matching.proposals.sizes import resizes
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links.replay import origins
@@ -209,10 +210,11 @@ def _enough(case: Case, first: tuple[Rule, ...], proposal: Proposal) -> bool:
     if proposal.refusal() is None:
         return True
     reached = case.diff((*first, *(ruled.rule for ruled in proposal.ruled)), None)
-    if reached is None or not reached.mismatched:
+    pairs = {} if reached is None else {**{row.key: row.source for row in reached.mismatched}, **_renamed(case, reached)}
+    if not pairs:
         return False
-    target_side = (_targets(proposal), {row.key for row in reached.mismatched}, case.target)
-    source_side = ({key for link in proposal.applied for key in link.sources}, {row.source for row in reached.mismatched}, case.source)
+    target_side = (_targets(proposal), {*pairs}, case.target)
+    source_side = ({key for link in proposal.applied for key in link.sources}, {*pairs.values()}, case.source)
     return max(map(_explained, (target_side, source_side))) >= LEAST
 
 
@@ -269,7 +271,20 @@ def _reached(case: Case, rules: tuple[Rule, ...], auto: str | None, base: Diff, 
 
 
 def _sizes(case: Case, diff: Diff) -> tuple[Resize, ...]:
-    return resizes(case.source, case.target, {row.key: row.source for row in diff.mismatched if row.source in case.source})
+    pairs = {row.key: row.source for row in diff.mismatched if row.source in case.source}
+    return resizes(case.source, case.target, pairs, _renamed(case, diff))
+
+
+def _renamed(case: Case, diff: Diff) -> dict[str, str]:
+    """The source's keys by the target's that are left over and are the only ones of their role, in two sizes."""
+    only: list[dict[object, str]] = []
+    for left, side in ((diff.extra, case.source), (diff.missing, case.target)):
+        roles = {key: role for key in left if key in side and (role := sized_role(key, side)) is not None}
+        counts = Counter(roles.values())
+        only.append({role: key for key, role in roles.items() if counts[role] == 1})
+    names, keys = only
+    pairs = {keys[role]: name for role, name in names.items() if role in keys}
+    return {key: name for key, name in pairs.items() if case.source[name].shape != case.target[key].shape}
 
 
 def _advice(

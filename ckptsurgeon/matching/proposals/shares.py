@@ -67,20 +67,17 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
     for where, other in zip(placed, (whole.target, whole.source), strict=True):
         if where and not other.positions:
             return f"{where} is learned, and the other side has no positions"
-    open_roles = [{role for key in side.keys() - done if (role := _sized(key, side))} for done, side in sides]
+    open_roles = [{role for key in side.keys() - done if (role := sized_role(key, side))} for done, side in sides]
     resized = open_roles[0] & open_roles[1]
     inputs = [[key for key in side if _reads_input(key, side)] for _, side in sides]
     stems = [[key for key in keys if role_of(key, side) == STEM] for keys, (_, side) in zip(inputs, sides, strict=True)]
     inputs = stems if all(stems) else inputs
-    met = any(key in done or _sized(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
+    met = any(key in done or sized_role(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
     if all(inputs) and not met:
         return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
     heads = _new_heads(sides)
     shares = [
-        share_of(
-            done,
-            {key: tensor for key, tensor in side.items() if key in done or not (module_of(key) in heads or _sized(key, side) in resized)},
-        )
+        share_of(done, {key: side[key] for key in side if key in done or not {module_of(key), sized_role(key, side)} & (heads | resized)})
         for done, side in sides
     ]
     if max(shares) < NEARLY_ALL:
@@ -151,7 +148,7 @@ def _left_in_blocks(done: Collection[str], side: Tensors) -> _Left:
     left: dict[frozenset[str], dict[tuple[int, ...], str]] = {}
     for key in (key for key in side if key not in done):
         block = around(key, _MEMBER)
-        if block in torn and len(side[key].shape) > 1 and _sized(key, side) is None:
+        if block in torn and len(side[key].shape) > 1 and sized_role(key, side) is None:
             words = frozenset(word for word in concepts(key[len(block) :]) if word[0] != "#") - SAYS_NOTHING - _KINDS
             if words:
                 left.setdefault(words, {}).setdefault(side[key].shape, key)
@@ -214,7 +211,7 @@ def _torn(names: Mapping[str, str], source: Tensors, target: Tensors, taken: Col
     return ""
 
 
-def _sized(key: str, side: Tensors) -> tuple[str, tuple[int, ...]] | None:
+def sized_role(key: str, side: Tensors) -> tuple[str, tuple[int, ...]] | None:
     """The role of a tensor that models have in sizes of their own (a vocabulary, positions, classes, channels), and the size that stays."""
     shape = side[key].shape
     if len(shape) == 3 and shape[0] == 1 and "pos" in concepts(key):

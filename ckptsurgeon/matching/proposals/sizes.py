@@ -7,9 +7,10 @@ first that fits says it all. What a row is sure of goes into the next command; t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, inf
+from types import MappingProxyType
 
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.adapters.vision.sizes import square_root
@@ -17,6 +18,7 @@ from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import is_float
 from ckptsurgeon.planning.diff import Offer, Resize
 from ckptsurgeon.rules.drafting.cover import cover
+from ckptsurgeon.rules.patterns import literal
 from ckptsurgeon.rules.rules import Rule
 from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
@@ -326,17 +328,25 @@ ROLES: tuple[Callable[[Sized], Iterable[Answer] | None], ...] = (
 )
 
 
-def resizes(source: Checkpoint, target: Checkpoint, pairs: Mapping[str, str]) -> tuple[Resize, ...]:
-    """What each key of another size is, with the rules that make it fit; `pairs` are the source's keys by the target's.
+def resizes(
+    source: Checkpoint, target: Checkpoint, pairs: Mapping[str, str], renamed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Resize, ...]:
+    """What each key of another size is, with the rules that make it fit; `pairs` are the source's keys by the target's, `renamed` those
+    that have another name too, which is never sure.
 
     Of keys about which nothing is known, and of values that are counted or indexed, nothing is said.
     """
-    scene = Scene(source, target, pairs)
-    floats = [key for key in pairs if is_float(target[key]) and is_float(source[pairs[key]])]
+    scene = Scene(source, target, {**pairs, **renamed})
+    floats = [key for key, name in scene.pairs.items() if is_float(target[key]) and is_float(source[name])]
     alike: dict[tuple[str, str, bool], list[Offer]] = {}
+    apart = []
     for offer in (offer for key in floats for offer in _of(Sized(scene, key))):
-        alike.setdefault((offer.adapter, offer.role, offer.sure), []).append(offer)
-    return tuple(Resize(tuple(same), tuple(_rules(same, target))) for same in alike.values())
+        if offer.key not in renamed:
+            alike.setdefault((offer.adapter, offer.role, offer.sure), []).append(offer)
+        elif offer.adapter:
+            rule = Rule("adapt", f"{literal(renamed[offer.key])} -> {literal(offer.key)}", offer.adapter)
+            apart.append(Resize((replace(offer, sure=False),), (rule,)))
+    return (*(Resize(tuple(same), tuple(_rules(same, target))) for same in alike.values()), *apart)
 
 
 def _rules(same: Sequence[Offer], target: Checkpoint) -> Iterator[Rule]:
