@@ -10,7 +10,8 @@ import torch
 
 import ckptsurgeon as cs
 from ckptsurgeon.matching.proposals import advise as advise_module
-from ckptsurgeon.matching.proposals.advise import advise
+from ckptsurgeon.matching.proposals.advise import advise, with_sizes
+from ckptsurgeon.matching.proposals.propose import propose
 from ckptsurgeon.matching.proposals.sizes import resizes
 from ckptsurgeon.planning.diff import compare
 from ckptsurgeon.tensors import Checkpoint, TensorMeta, contiguous_stride
@@ -70,6 +71,7 @@ CHOICES = [
     ("head.weight", (101, 8), (37, 8), ""),
     ("classifier.bias", (101,), (37,), ""),
     ("last.weight", (81, 3), (4, 3), ""),
+    ("last.v_proj.weight", (8, 32), (32, 32), None),  # of an attention, at the end of the model
     ("layers.0.mlp.up_proj.weight", (64, 16), (36, 16), None),
     ("query_tokens", (1, 16, 8), (1, 25, 8), None),
     ("latents", (1, 16, 8), (1, 25, 8), None),
@@ -270,3 +272,12 @@ def test_what_has_another_name_and_another_size_is_offered_and_not_carried(rows:
     got, given = (torch.load(tmp_path / name) for name in ("o.pt", "a.pt"))
     least = min(rows)
     assert torch.equal(got["tok_embeddings.weight"][:least], given["model.embed_tokens.weight"][:least])
+
+
+def test_what_adapters_make_fit_counts_for_matching_as_it_does_for_diff() -> None:
+    flat = {f"layer{i}.{j}.conv.weight": (8, 8, 3, 3) for i in range(3) for j in range(2)} | {"bn.weight": (8,), "fc.weight": (10, 8)}
+    deep = {key: (*shape, 3) if len(shape) == 4 else shape for key, shape in flat.items()} | {"fc.weight": (4, 8)}
+    pair = side("a", {**flat, "more": (3,)}), side("t", {**deep, "other.weight": (5,)})
+    found = with_sizes(propose(*pair), *pair)
+    assert found.beside and found.refusal() is None
+    assert propose(*pair).refusal() is not None

@@ -15,7 +15,7 @@ from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import CheckpointError, RuleError
 from ckptsurgeon.matching.module_tree import fold
 from ckptsurgeon.matching.proposals.propose import Proposal, propose
-from ckptsurgeon.matching.proposals.shares import LEAST, sized_role
+from ckptsurgeon.matching.proposals.shares import LEAST, share_of, sized_role, unlike
 from ckptsurgeon.matching.proposals.sizes import resizes
 from ckptsurgeon.matching.result import Matching
 from ckptsurgeon.matching.rules_from_links.replay import origins
@@ -142,7 +142,13 @@ def with_sizes(proposal: Proposal, source: Checkpoint, target: Checkpoint, outsi
     holds = again is not None and reached is not None and len(again.matched) > len(reached.matched)
     spelled = holds and not _same_beside(case, (), proposal, adapts)
     fits = not spelled or (len(ruled) <= MOST and all(rule.kind != "stage" for rule in ruled))
-    return replace(proposal, sizes=sizes, beside=adapts if holds and fits else (), spelled=spelled)
+    proposal = replace(proposal, sizes=sizes, spelled=spelled)
+    if again is None or reached is None or not (holds and fits):
+        return proposal
+    targets = {*again.matched, *(key for link in proposal.links for key in link.targets)}
+    sources = {row.source for row in reached.mismatched if row.key in targets} | {key for link in proposal.links for key in link.sources}
+    explained = max(proposal.explained, share_of({*again.matched}, target))
+    return replace(proposal, beside=adapts, explained=explained, unlike=unlike(sources, targets, source, target))
 
 
 def _safely(case: Case, diff: Diff) -> tuple[Diff, str | None]:
