@@ -61,7 +61,7 @@ def fates(
             if name in loaded:
                 return f"{name} is {loaded[name]}"
             return f"shape {sources[source_key[0]][source_key[1]].shape} does not fit {target[name].shape}"
-        return "not in the target" if name == source_key[1] else f"not in the target, as {name}"
+        return "not in the target" if f".{source_key[1]}".endswith(f".{name}") else f"not in the target, as {name}"
 
     return tuple(
         Dropped(number, key, why((number, key)))

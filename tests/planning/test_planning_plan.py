@@ -421,6 +421,8 @@ def test_a_rename_none_of_whose_results_is_in_the_target():
     # One of them is enough.
     plan = make_plan([checkpoint(NET)], model({"fc3.bias": (4,)}), [rule("rename", "fc2.{p}", "fc3.{p}")])
     assert reasons(plan)["fc2.weight"] == "not in the target, as fc3.weight"
+    plan = make_plan([checkpoint({f"net.{key}": shape for key, shape in NET.items()} | {"net.x.a": (3,)})], model(NET))
+    assert reasons(plan)["net.x.a"] == "not in the target"  # the same words for all that a prefix is stripped from, so that they fold
 
 
 def test_two_sources_on_one_name():

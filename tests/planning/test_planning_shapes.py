@@ -85,6 +85,7 @@ def test_a_renamed_head_with_other_classes(told, old, shape, new, other, words, 
     assert (head.source_shape, head.target_shape) == (shape, other)
     assert head.words == f"looks like the head under another name, with {words}: fresh"
     text = str(found)
+    assert "\n  other heads     1   under other names\n" in text
     assert head.words in text and f"{head.source} " in text and f"{head.target} " in text
     assert found.to_dict()["heads"] == [
         {"source": head.source, "target": head.target, "source_shape": [*shape], "target_shape": [*other], "message": head.words}

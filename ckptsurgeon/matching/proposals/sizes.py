@@ -172,7 +172,7 @@ class Sized:
     def is_head(self) -> bool:
         """Whether its rows are classes: a head by its name, or the last module of the model."""
         named = bool({*self.own, *self.words} & {"head"}) or bool(self.own & HEADS)
-        return self.rows_alone and (named or self.module == self.scene.last_module)
+        return self.rows_alone and (named or (self.module == self.scene.last_module and not self.own & {"q", "k", "v"}))
 
 
 def _kernel_dims(tensors: Iterable[tuple[str, TensorMeta]]) -> set[int]:

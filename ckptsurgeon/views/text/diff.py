@@ -123,7 +123,9 @@ def _sections(diff: Diff, verbose: bool, width: int | None, listed: bool) -> Ite
     heads = [
         (f"{head.source} {shape(head.source_shape)}", "→", f"{head.target} {shape(head.target_shape)}: {head.words}") for head in diff.heads
     ]
-    yield "extra", [heading("extra", len(diff.extra), "only in the source"), *rows, *table(heads, width, most)]
+    yield "extra", [heading("extra", len(diff.extra), "only in the source"), *rows]
+    if heads:
+        yield "extra", [heading("other heads", len(heads), "under other names"), *table(heads, width, most)]
     if diff.dropped:
         yield "dropped", [heading("dropped", len(diff.dropped), "by a rule"), *keys(diff.dropped, width, most, "dropped")]
     if diff.loaded:
