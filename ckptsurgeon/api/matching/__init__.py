@@ -113,18 +113,18 @@ def match(
         refuse_unused([name for name in ruling.unused if name not in proposal.numbers_used])
         proposal = with_sizes(proposal, source_checkpoint, opened_target.checkpoint, ruling.outside)
     layouts = (("layout", "as-is" if pattern == ALL else f"as-is={pattern}") for pattern in options.layout or ())
-    flags = {"accept-uncertain": accept_uncertain, "values": values}
-    run = {"source-model": source_model, "forward": forward, "tolerance": None if tolerance == TOLERANCE else f"{tolerance:g}"}
+    more = {
+        "accept-uncertain": accept_uncertain,
+        "values": values,
+        "source-model": isinstance(source_model, str) and source_model,
+        "forward": forward,
+        "tolerance": tolerance != TOLERANCE and f"{tolerance:g}",
+    }
     proposal = replace(
         proposal,
         output=_opening.unused_name(source_checkpoint, opened_target.checkpoint),
         spelled=proposal.spelled or values,
-        asked=(
-            *ruling.options,
-            *layouts,
-            *((name,) for name, given in flags.items() if given),
-            *((name, given) for name, given in run.items() if isinstance(given, str)),
-        ),
+        asked=(*ruling.options, *layouts, *((name, given) if isinstance(given, str) else (name,) for name, given in more.items() if given)),
     )
     if forward is not None and source_model is not None:
         from ckptsurgeon.api.matching.trying import tried

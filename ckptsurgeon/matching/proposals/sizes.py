@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, inf
-from types import MappingProxyType
 
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.adapters.vision.sizes import square_root
@@ -51,10 +50,12 @@ class Scene:
     @cached_property
     def stems(self) -> Mapping[str, tuple[int, int]]:
         """The channels of source and target, by the target's key, of the kernels to which an image may go in the source."""
-        sizes = {key: self.source[name].shape for key, name in self.pairs.items()}
-        pairs = [(key, sizes.get(key, new.shape), new.shape) for key, new in self.target.items()]
-        kernels = [pair for pair in pairs if len(pair[1]) == len(pair[2]) in (4, 5)]
-        return {key: (old[1], new[1]) for key, old, new in kernels if 1 < old[1] <= _IMAGE < old[0]}
+        olds = {**self.target, **{key: self.source[name] for key, name in self.pairs.items()}}
+        return {
+            key: (old[1], new.shape[1])
+            for key, new in self.target.items()
+            if len(old := olds[key].shape) == len(new.shape) in (4, 5) and 1 < old[1] <= _IMAGE < old[0]
+        }
 
     @cached_property
     def reads_text(self) -> bool:
@@ -152,9 +153,7 @@ class Sized:
         """Whether a table of positions is surely one of a square grid: a bare one, or a kernel of two dimensions is in the model, and what
         reads the input beside it has no other number of dimensions."""
         bare = self.leaf not in ("weight", "bias") and len(self.new) > 2
-        return (4 in self.kernel_dims or not self.kernel_dims) and (
-            bare or any(len(tensor.shape) == 4 for tensor in self.scene.target.values())
-        )
+        return 4 in self.kernel_dims or (bare and not self.kernel_dims)
 
     @property
     def is_first_convolution(self) -> bool:
@@ -328,9 +327,7 @@ ROLES: tuple[Callable[[Sized], Iterable[Answer] | None], ...] = (
 )
 
 
-def resizes(
-    source: Checkpoint, target: Checkpoint, pairs: Mapping[str, str], renamed: Mapping[str, str] = MappingProxyType({})
-) -> tuple[Resize, ...]:
+def resizes(source: Checkpoint, target: Checkpoint, pairs: Mapping[str, str], renamed: Mapping[str, str] = {}) -> tuple[Resize, ...]:
     """What each key of another size is, with the rules that make it fit; `pairs` are the source's keys by the target's, `renamed` those
     that have another name too, which is never sure.
 
