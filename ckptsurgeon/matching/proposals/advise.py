@@ -283,6 +283,8 @@ def _sizes(case: Case, diff: Diff) -> tuple[Resize, ...]:
 
 def _renamed(case: Case, diff: Diff) -> dict[str, str]:
     """The source's keys by the target's that are left over and are the only ones of their role, in two sizes."""
+    if not (diff.missing and diff.extra) or len(diff.missing) + len(diff.extra) > LARGEST:
+        return {}
     only: list[dict[object, str]] = []
     for left, side in ((diff.extra, case.source), (diff.missing, case.target)):
         roles = {key: role for key in left if key in side and (role := sized_role(key, side)) is not None}
