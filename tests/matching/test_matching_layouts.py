@@ -12,8 +12,10 @@ from pairs_support import PAIRS, matched, meta, read_pair
 
 from ckptsurgeon.adapters.chain import RuleOp, fill_chain
 from ckptsurgeon.adapters.table import parse_ops, run
+from ckptsurgeon.matching.layouts.choices import open_layouts
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.planning.links import Layout, Link
+from ckptsurgeon.rules.drafting.drafts import Known
 from ckptsurgeon.rules.variables import filled
 
 Shapes = dict[str, tuple[int, ...]]
@@ -388,6 +390,19 @@ def test_a_gate_and_up_in_one_on_both_sides_under_two_names(turned: bool) -> Non
     assert same["layers.0.mlp.experts.gate_up_proj"].certain
 
 
+def test_a_gate_and_up_in_one_is_in_doubt_after_it_is_turned() -> None:
+    """JAX's kernel is (in, out), and its bias is as it is elsewhere."""
+    source = {f"h.{at}.up_gate.{name}": shape for at in range(2) for name, shape in (("kernel", (8, 24)), ("bias", (24,)))}
+    source |= {f"h.{at}.wo.kernel": (12, 8) for at in range(2)}
+    goal = {f"layers.{at}.gate_up.{name}": shape for at in range(2) for name, shape in (("weight", (24, 8)), ("bias", (24,)))}
+    goal |= {f"layers.{at}.down.weight": (8, 12) for at in range(2)}
+    found = links(source, goal)
+    whole, bias = torch.randn(8, 24), torch.randn(24)
+    for part, given, wanted in (("weight", whole, whole.T.roll(12, 0)), ("bias", bias, bias.roll(12, 0))):
+        link = found[f"layers.1.gate_up.{part}"]
+        assert torch.equal(made(link, 1, {link.sources[0]: given}, goal)[link.targets[0]], wanted)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_layer_of_which_the_next_takes_half_is_a_gate_and_up_in_one(gated: bool) -> None:
     """Whatever it is called: half of it is multiplied with the other half."""
@@ -396,6 +411,33 @@ def test_a_layer_of_which_the_next_takes_half_is_a_gate_and_up_in_one(gated: boo
     goal = {f"layers.{at}.ff.net.{name}.weight": shape for at in range(2) for name, shape in (("0.proj", (wide, 8)), ("2", (8, 12)))}
     found = links(source, goal)
     assert found["layers.1.ff.net.2.weight"].certain and (found["layers.1.ff.net.0.proj.weight"].doubt == "layout") == gated
+
+
+@pytest.mark.parametrize("around", ["blocks.{}.", "{}."], ids=["in a list", "at the top"])
+@pytest.mark.parametrize("names", [("up_gate", "gate_up"), ("w12", "weights_in")], ids=["said", "by shape"])
+def test_a_gate_and_up_in_one_and_its_bias_are_one_doubt(names: tuple[str, str], around: str) -> None:
+    """Either both change places or neither, by one rule."""
+    shapes = {"{}.weight": (24, 8), "{}.bias": (24,)}
+    rest = (("norm", "w3"), ("ln", "down"))
+    source, goal = (
+        {around.format(at) + key.format(own): shape for at in range(2) for key, shape in shapes.items()}
+        | {f"{around.format(at)}{norm}.{part}": (8,) for at in range(2) for part in ("weight", "bias")}
+        | {around.format(at) + key.format(back): shape for at in range(2) for key, shape in (("{}.weight", (8, 12)), ("{}.bias", (8,)))}
+        for own, (norm, back) in zip(names, rest, strict=True)
+    )
+    found = links(source, goal)
+    doubted = [f"{around.format(at)}{names[1]}.{part}" for at in range(2) for part in ("weight", "bias")]
+    assert sorted(key for key, link in found.items() if link.doubt) == sorted(doubted) and all(link.clear for link in found.values())
+    tensors = {key: torch.randn(shape) for key, shape in source.items()}
+    for key in doubted:
+        whole = tensors[found[key].sources[0]]
+        ways = [whole, whole.roll(12, 0), torch.cat([whole[::2], whole[1::2]]), torch.stack(whole.chunk(2), 1).reshape(whole.shape)]
+        assert all(torch.equal(made(found[key], at, tensors, goal)[key], way) for at, way in enumerate(ways))
+    (opened,) = open_layouts(found.values(), {key: key for key in source}, Known(source))
+    head = around.format("{i}")
+    assert [str(rule) for rule in opened.ways[1].rules] == [
+        f"--adapt '{head}{names[0]}.{{p}} -> {head}{names[1]}.{{p}}' 'roll(dim=0, by=12)'"
+    ]
 
 
 def test_halves_of_a_modulation() -> None:

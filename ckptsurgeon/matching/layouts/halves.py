@@ -57,21 +57,25 @@ def gate_and_up(link: Link, sides: Sides) -> Sequence[Layout]:
 
 
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
-    """The layouts of a fused matrix, also one of all experts, that both sides have under names of their own."""
-    (key,), (name,) = link.sources, link.targets
-    if link.op or word(key) == word(name) or len(sides.target.tensors[name].shape) not in (2, 3):
+    """The layouts of a fused matrix, also one of all experts, or of its bias, that both sides have under names of their own."""
+    key, name = sides.source.matrix(link.sources[0]), sides.target.matrix(link.targets[0])
+    if word(key) == word(name) or len(sides.target.tensors[name].shape) not in (2, 3):
         return ()
     said = any({"gate", "up"} <= own_concepts(one) for one in (key, name))
     dim = _doubled(name, sides.target)
     if dim is None or not (said or (_is_gated(key, sides.source) and _is_gated(name, sides.target))):
         return ()
+    size, shape = sides.target.tensors[name].shape[dim], sides.target.tensors[link.targets[0]].shape
+    if name != link.targets[0] and shape[-1:] != (size,):
+        return ()
+    dim = dim if name == link.targets[0] else len(shape) - 1
     ways = (
         ("the same half is first", ""),
-        ("the halves change places", f"roll(dim={dim}, by={sides.target.tensors[name].shape[dim] // 2})"),
+        ("the halves change places", f"roll(dim={dim}, by={size // 2})"),
         ("what lies row by row in turn becomes halves", f"deinterleave(dim={dim}, parts=2)"),
         ("halves become rows in turn", f"interleave(dim={dim}, parts=2)"),
     )
-    return tuple(Layout(GATE_AND_UP, words, link.sources, link.targets, op) for words, op in ways)
+    return tuple(Layout(GATE_AND_UP, words, link.sources, link.targets, " | ".join(filter(None, (link.op, op)))) for words, op in ways)
 
 
 def _doubled(key: str, side: Side) -> int | None:
@@ -85,7 +89,7 @@ def _beside(key: str, side: Side) -> list[str]:
     """The other tensors of the module that a matrix stands in; of a list, those of its other members too."""
     parent = parent_of(key)
     head, _, last = parent.rpartition(".")
-    return [other for other in side.under(head if last.isdigit() else parent) if other != key]
+    return [other for other in side.under(head if last.isdigit() else parent) if unit_of(other) != unit_of(key)]
 
 
 def _is_gated(key: str, side: Side) -> bool:

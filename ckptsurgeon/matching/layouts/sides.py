@@ -111,15 +111,19 @@ class Side:
         by_module: dict[str, list[str]] = {}
         for key in self.tensors:
             head = unit_of(key)
-            for _ in range(3):  # a module's own tensors, and those of modules in it
+            for _ in range(min(3, head.count(".") + 2)):  # a module's own tensors, and those of modules in it
                 by_module.setdefault(head, []).append(key)
-                if not (head := head.rpartition(".")[0]):
-                    break
+                head = head.rpartition(".")[0]
         return {head: tuple(keys) for head, keys in by_module.items()}
 
     def under(self, module: str) -> tuple[str, ...]:
         """The tensors of a module and of those just below it."""
         return self._by_parent.get(module, ())
+
+    def matrix(self, key: str) -> str:
+        """The weight of a tensor's own layer: of a bias, what it is added to the product of."""
+        own = (other for other in self.under(unit_of(key)) if unit_of(other) == unit_of(key))
+        return max(own, key=lambda other: len(self.tensors[other].shape), default=key)
 
     def has_own_positions(self, key: str) -> bool:
         """Whether the tower of a key has a table of positions of its own, so that it does not rotate where the model elsewhere does."""

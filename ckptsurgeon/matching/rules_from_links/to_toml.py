@@ -84,7 +84,8 @@ def doubts(links: Sequence[Link], name: Mapping[str, str], known: Known) -> list
     rules: list[Ruled] = []
     for op in dict.fromkeys(link.op for link in links):
         by_line = {line_of(link, name): link for link in links if link.op == op}
-        plain = not op and len({line.sources for line in by_line}) == len(by_line)
+        alone = not op or all(len(line.sources) == len(line.targets) == 1 for line in by_line)
+        plain = alone and len({line.sources for line in by_line}) == len(by_line)
         for draft in renamings(rows(by_line), NOWHERE) if plain else map(Draft.of, rows(by_line)):
             own = {name[key] for line in draft.lines for key in by_line[line].sources}
             for part in [draft] if _whole(draft, own, known) else [Draft.of(literal(line)) for line in draft.lines]:
