@@ -20,8 +20,6 @@ _PARTS = {"gate", "up"}
 
 def gate_or_up(link: Link, sides: Sides) -> Sequence[Layout]:
     """The two layouts of a link between a gate (or an up projection) and the first or the second of two that are counted."""
-    if len(link.sources) != 1 or len(link.targets) != 1:
-        return ()
     key, name = link.sources[0], link.targets[0]
     is_said = [bool(own_concepts(one) & _PARTS) for one in (key, name)]
     if is_said[0] == is_said[1]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ckptsurgeon.matching.layouts.sides import Sides, heads_text, own_concepts, parent_of, word
+from ckptsurgeon.matching.evidence.vocabulary import said_by_place
+from ckptsurgeon.matching.layouts.orders import become, reorder, said
+from ckptsurgeon.matching.layouts.sides import Sides, heads_text, layouts, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.matching.module_tree import squeezed
 from ckptsurgeon.planning.links import Layout, Link
 
@@ -39,7 +41,11 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
         return ()
     if _is_in_turn((word(wholes[0]),), sides):
         return ()
-    return _parted(link, sides, wholes[0], cut)
+    ways = _parted(link, sides, wholes[0], cut)
+    own, order = said(wholes[0], "qkv"[-len(parts) :])  # the whole's name may say another order
+    changed = tuple(parts[order.index(part)] for part in own)
+    told = ((", ".join(own), (link.sources, changed) if parts is link.targets else (changed, link.targets)),) if own else ()
+    return (*ways, *(Layout(KIND, f"{way.words}, {words}", *keys, way.op) for words, keys in told for way in ways))
 
 
 def _some(link: Link, sides: Sides) -> Sequence[Layout]:
@@ -91,41 +97,40 @@ def _reshape(rest: tuple[Sequence[int], Sequence[int]], *sizes: str) -> str:
 
 
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
-    """The layouts between two fused matrices: the same, or one in turn and the other by head."""
+    """The layouts between two fused matrices: alike, in turn or by head, and with the parts in the order that both names say."""
     source_key, target_key = link.sources[0], link.targets[0]
-    words = word(source_key), word(target_key)
-    if not any("qkv" in own_concepts(key) or "kv" in own_concepts(key) for key in (source_key, target_key)) or set(link.op) & set("|("):
+    words, concepts = (word(source_key), word(target_key)), own_concepts(source_key) | own_concepts(target_key)
+    first, second = said(source_key, target_key)
+    if not {*first} <= {*"qkv"}:
+        first = second = ()
+    if not (first or concepts & {"qkv", "kv"}) or set(link.op) & set("|("):
         return ()
-    if (words[0] == words[1] and not _SEVERAL.fullmatch(words[0])) or _is_in_turn(words, sides):
+    if not first and ((words[0] == words[1] and not _SEVERAL.fullmatch(words[0])) or _is_in_turn(words, sides)):
         return ()
     shape = sides.target.tensors[target_key].shape
-    out = next((sides.target.tensors[key].shape for key in _beside(sides, target_key) if own_concepts(key) & {"out"}), None)
-    queries = out[-1] if out is not None and len(out) == 2 else shape[0] // 3
-    parts = 2 if "kv" in own_concepts(source_key) | own_concepts(target_key) else 3
-    as_is = Layout(KIND, "both lie alike", link.sources, link.targets, link.op)
-    if shape[0] != parts * queries:
-        return (as_is, *_of_groups(link, sides, queries))
-    heads = heads_text(sides, (source_key, target_key), queries, queries)
-    turns = {
-        "each head's together become in turn": [heads, str(parts)],
-        "in turn become each head's together": [str(parts), heads],
-    }
-    rest = ((), shape[1:])
-    dims = [1, 0, *range(2, len(shape) + 2)]
-    before = f"{link.op} | " if link.op else ""
-    return (
-        as_is,
-        *(
-            Layout(KIND, change, link.sources, link.targets, f"{before}{_reshape(rest, *sizes, '-1')} | permute(dims={dims}) | reshape")
-            for change, sizes in turns.items()
-        ),
-    )
+    outs = (key for key in _beside(sides, target_key) if "out" in own_concepts(key) | said_by_place(unit_of(key)))
+    out = next((sides.target.tensors[key].shape for key in outs), None)
+    parts = len(first) or (2 if "kv" in concepts else 3)
+    queries = out[-1] if out is not None and len(out) == 2 else shape[0] // parts
+    rows, order = parts * queries, become(first, second)
+    dim = shape.index(rows) if rows in shape else 0
+    others = (shape[dim] - queries * ("q" in first)) // max(1, len({*first} - {"q"}))
+    sizes = {part: queries if part == "q" else others for part in first}
+    ways: dict[str, Sequence[str]] = {}
+    if first and others > 0 and sum(sizes.values()) == shape[dim]:
+        ways[order] = [reorder(shape, dim, first, second, sizes)]
+    if rows in shape:
+        heads = heads_text(sides, (source_key, target_key), queries, queries)
+        swap = f"permute(dims={[*range(dim), dim + 1, dim, *range(dim + 2, len(shape) + 2)]})"
+        by_head, in_turn = (_reshape((shape[:dim], shape[dim + 1 :]), *of, "-1") for of in ([heads, str(parts)], [str(parts), heads]))
+        turns = {"each head's together become in turn": by_head, "in turn become each head's together": in_turn}
+        ways |= {turn: [cut, swap, "reshape"] for turn, cut in turns.items()}
+        if first:
+            picks = [f"rows(index={[*map(first.index, second)]}, dim={at})" for at in (dim + 1, dim)]
+            ways |= {f"{order} in each head": [by_head, picks[0], "reshape"]}
+            ways |= {f"{turn}, {order}": [cut, pick, swap, "reshape"] for (turn, cut), pick in zip(turns.items(), picks, strict=True)}
+    return layouts(KIND, link, {" | ".join(ops): told for told, ops in ways.items()})
 
 
 def _beside(sides: Sides, key: str) -> Sequence[str]:
     return sides.target.under(parent_of(key))
-
-
-def _of_groups(link: Link, sides: Sides, queries: int) -> Sequence[Layout]:
-    """Groups of unequal parts go in turn by no chain of adapters: they are cut first, and joined again."""
-    return ()

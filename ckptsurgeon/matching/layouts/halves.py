@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.distinguish import are_two_counted
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Side, Sides, own_concepts, parent_of, unit_of, word
+from ckptsurgeon.matching.layouts.sides import Side, Sides, layouts, own_concepts, parent_of, unit_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
 GATE_AND_UP, SHIFT_AND_SCALE = "gate and up", "shift and scale"
@@ -59,7 +59,7 @@ def gate_and_up(link: Link, sides: Sides) -> Sequence[Layout]:
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a fused matrix, also one of all experts, or of its bias, that both sides have under names of their own."""
     key, name = sides.source.matrix(link.sources[0]), sides.target.matrix(link.targets[0])
-    if word(key) == word(name) or len(sides.target.tensors[name].shape) not in (2, 3):
+    if word(key) == word(name) or "reshape" in link.op or len(sides.target.tensors[name].shape) not in (2, 3):
         return ()
     said = any({"gate", "up"} <= own_concepts(one) for one in (key, name))
     dim = _doubled(name, sides.target)
@@ -69,13 +69,12 @@ def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     if name != link.targets[0] and shape[-1:] != (size,):
         return ()
     dim = dim if name == link.targets[0] else len(shape) - 1
-    ways = (
-        ("the same half is first", ""),
-        ("the halves change places", f"roll(dim={dim}, by={size // 2})"),
-        ("what lies row by row in turn becomes halves", f"deinterleave(dim={dim}, parts=2)"),
-        ("halves become rows in turn", f"interleave(dim={dim}, parts=2)"),
-    )
-    return tuple(Layout(GATE_AND_UP, words, link.sources, link.targets, " | ".join(filter(None, (link.op, op)))) for words, op in ways)
+    ways = {
+        f"roll(dim={dim}, by={size // 2})": "the halves change places",
+        f"deinterleave(dim={dim}, parts=2)": "what lies row by row in turn becomes halves",
+        f"interleave(dim={dim}, parts=2)": "halves become rows in turn",
+    }
+    return layouts(GATE_AND_UP, link, ways)
 
 
 def _doubled(key: str, side: Side) -> int | None:
@@ -89,7 +88,7 @@ def _beside(key: str, side: Side) -> list[str]:
     """The other tensors of the module that a matrix stands in; of a list, those of its other members too."""
     parent = parent_of(key)
     head, _, last = parent.rpartition(".")
-    return [other for other in side.under(head if last.isdigit() else parent) if unit_of(other) != unit_of(key)]
+    return [other for other in side.under(head if head and last.isdigit() else parent) if unit_of(other) != unit_of(key)]
 
 
 def _is_gated(key: str, side: Side) -> bool:
@@ -109,7 +108,7 @@ def _name(part: str) -> str:
 
 def shift_and_scale(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of the link of a modulation of two parts."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
+    if link.op:
         return ()
     source_unit, target_unit = unit_of(link.sources[0]), unit_of(link.targets[0])
     if not (_MODULATES.search(source_unit) or _MODULATES.search(target_unit)) or _ends(source_unit) == _ends(target_unit):
@@ -118,11 +117,7 @@ def shift_and_scale(link: Link, sides: Sides) -> Sequence[Layout]:
     width = sides.target.width
     if not width or len(shape) not in (1, 2) or shape[0] != 2 * width or f"{target_unit}.weight" not in sides.target.tensors:
         return ()
-    swap = f"roll(dim=0, by={width})"
-    return (
-        Layout(SHIFT_AND_SCALE, "both have the same half first", link.sources, link.targets),
-        Layout(SHIFT_AND_SCALE, "the halves change places", link.sources, link.targets, swap),
-    )
+    return layouts(SHIFT_AND_SCALE, link, {f"roll(dim=0, by={width})": "the halves change places"})
 
 
 def _ends(unit: str) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ckptsurgeon.matching.layouts.sides import Sides, parent_of, word
+from ckptsurgeon.matching.layouts.sides import Sides, layouts, parent_of, word
 from ckptsurgeon.planning.links import Layout, Link
 
 PIXELS, MERGING = "patch pixels", "patch merging"
@@ -21,8 +21,6 @@ _REDUCTION = re.compile(r"(?:^|[._])(?:reduction|patch_?merg\w*|merging)(?=[._]|
 
 def pixels(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of the link of a linear layer over flattened patches and a convolution over pictures."""
-    if len(link.sources) != 1 or len(link.targets) != 1:
-        return ()
     here, there = sides.source.tensors[link.sources[0]].shape, sides.target.tensors[link.targets[0]].shape
     flat, kernel = sorted((here, there), key=len)
     if len(flat) != 2 or len(kernel) not in (4, 5) or not 1 < kernel[1] <= _MOST_CHANNELS or max(kernel[2:]) == 1:
@@ -41,7 +39,7 @@ def pixels(link: Link, sides: Sides) -> Sequence[Layout]:
 
 def merged(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of the link of a reduction, or of the norm before it."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or link.op:
+    if link.op:
         return ()
     merged = _merged(sides, link.targets[0], link.sources[0])
     shape = sides.target.tensors[link.targets[0]].shape
@@ -54,12 +52,11 @@ def merged(link: Link, sides: Sides) -> Sequence[Layout]:
         return f"reshape(shape={[*rows, *sizes]}) | permute(dims={[*kept, *(dim + axis for axis in order)]}) | reshape"
 
     ways = {
-        "both have the same order": "",
-        "rows before columns become columns before rows": chain((2, 2, width), (1, 0, 2)),
-        "all of a neighbour together become all of a channel together": chain((2, 2, width), (2, 1, 0)),
-        "all of a channel together become all of a neighbour together": chain((width, 2, 2), (2, 1, 0)),
+        chain((2, 2, width), (1, 0, 2)): "rows before columns become columns before rows",
+        chain((2, 2, width), (2, 1, 0)): "all of a neighbour together become all of a channel together",
+        chain((width, 2, 2), (2, 1, 0)): "all of a channel together become all of a neighbour together",
     }
-    return tuple(Layout(MERGING, words, link.sources, link.targets, op) for words, op in ways.items())
+    return layouts(MERGING, link, ways)
 
 
 def _merged(sides: Sides, target_key: str, source_key: str) -> int | None:

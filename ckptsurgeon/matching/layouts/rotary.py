@@ -18,7 +18,7 @@ _WORDS = {"halves": "rotated pairs become halves of each head", "pairs": "halves
 
 def find(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a query's or key's link; none for other links."""
-    if len(link.sources) != 1 or len(link.targets) != 1 or set(link.op) & set("|("):
+    if set(link.op) & set("|("):
         return ()
     source_key, target_key = link.sources[0], link.targets[0]
     part = own_concepts(source_key) & own_concepts(target_key) & {"q", "k"}

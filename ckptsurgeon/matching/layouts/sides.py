@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import module_of
+from ckptsurgeon.planning.links import Layout, Link
 from ckptsurgeon.planning.prefixes.find import find_change, find_exchange, rename_all
 from ckptsurgeon.tensors import TensorMeta
 
@@ -56,6 +57,12 @@ def word(key: str) -> str:
 def parent_of(key: str) -> str:
     """The module that a tensor's module stands in."""
     return module_of(unit_of(key))
+
+
+def layouts(kind: str, link: Link, ways: Mapping[str, str]) -> Sequence[Layout]:
+    """A link as it stands, and with each of some chains of adapters after its own."""
+    chains = {"": "both lie alike", **ways}
+    return tuple(Layout(kind, words, link.sources, link.targets, " | ".join(filter(None, (link.op, op)))) for op, words in chains.items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +118,10 @@ class Side:
         by_module: dict[str, list[str]] = {}
         for key in self.tensors:
             head = unit_of(key)
-            for _ in range(min(3, head.count(".") + 2)):  # a module's own tensors, and those of modules in it
+            for _ in range(3):  # a module's own tensors, and those of modules in it
                 by_module.setdefault(head, []).append(key)
-                head = head.rpartition(".")[0]
+                if not (head := head.rpartition(".")[0]):
+                    break
         return {head: tuple(keys) for head, keys in by_module.items()}
 
     def under(self, module: str) -> tuple[str, ...]:
