@@ -111,3 +111,39 @@ def test_a_fused_name_says_the_order_of_what_is_cut_or_joined(joins: bool) -> No
         link = links(fused, parted)["blocks.1.attn.q.weight"]
         for name, part in parts.items():
             assert any(torch.equal(way, part) for way in ways(link, {key: whole}, parted, name)[1:])
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("equal_names", [False, True])
+@pytest.mark.parametrize(("gates", "order"), [(4, (0, 1, 3, 2)), (3, (1, 0, 2))], ids=["LSTM", "GRU"])
+@pytest.mark.parametrize("back", [False, True])
+def test_the_fused_gates_of_a_cell(gates: int, order: tuple[int, ...], equal_names: bool, back: bool, in_order: bool) -> None:
+    """char-rnn's i, f, o, g and Keras's z, r, n, against torch's i, f, g, o and r, z, n. Both weights and biases are one doubt."""
+    rows, rest = 5 * gates, {**layer("fc1", 9, 7), **layer("fc2", 9, 9), **layer("fc3", 2, 9)}
+    own = {**layer("i2h", rows, 3), **layer("h2h", rows, 5), **rest}
+    torchs = {f"rnn.{end}_{side}_l0": own[f"{name}.{end}"] for side, name in (("ih", "i2h"), ("hh", "h2h")) for end in ("weight", "bias")}
+    torchs |= rest if equal_names else {key.replace("fc", "dense"): shape for key, shape in rest.items()}
+    source, goal = (torchs, own) if back else (own, torchs)
+    found = links(source, goal, in_order)
+    doubted = {key: link for key, link in found.items() if link.doubt}
+    assert len(doubted) == 4 and len({len(link.choices) for link in doubted.values()}) == 1
+    for key, link in doubted.items():
+        whole = torch.randn(source[link.sources[0]])
+        parts = whole.chunk(gates)
+        as_is, changed, *_ = ways(link, {link.sources[0]: whole}, goal, key)
+        assert torch.equal(as_is, whole) and torch.equal(changed, torch.cat([parts[at] for at in order]))
+
+
+def test_a_kernel_of_gates_is_turned_first() -> None:
+    source: Shapes = {"lstm.kernel": (3, 20), "lstm.recurrent_kernel": (5, 20), "lstm.bias": (20,)}
+    goal: Shapes = {"rnn.weight_ih_l0": (20, 3), "rnn.weight_hh_l0": (20, 5), "rnn.bias_ih_l0": (20,), "rnn.bias_hh_l0": (20,)}
+    link = links(source, goal)["rnn.weight_hh_l0"]
+    kernel = torch.randn(5, 20)
+    i, f, o, g = kernel.T.chunk(4)
+    assert link.doubt and torch.equal(made(link, 1, {link.sources[0]: kernel}, goal)["rnn.weight_hh_l0"], torch.cat([i, f, g, o]))
+
+
+def test_torchs_own_gates_are_in_no_doubt() -> None:
+    cell = {"cell.weight_ih": (20, 3), "cell.weight_hh": (20, 5), "cell.bias_ih": (20,), "cell.bias_hh": (20,)}
+    found = links(cell, {key.replace("cell.", "rnn.lstm.") + "_l0": shape for key, shape in cell.items()})
+    assert len(found) == 4 and all(link.certain for link in found.values())

@@ -1,7 +1,7 @@
 """Which links are in doubt about the order of their elements: one kind of layout after another is asked, in one table.
 
 Rule: between two files of one naming there is no doubt about a whole tensor, nor for a key that has the same name on both sides; there the
-same implementation speaks, unless one of them holds a layer's weight as a bare parameter, or says the parts in
+same implementation speaks, unless one of them holds a layer's weight as a bare parameter, has its own recurrent cell, or says the parts in
 another order. What is cut or joined lies otherwise in one of them, whatever they are called (OPT's `qkv_proj` is k, v, q).
 A doubt takes nothing from a link's keys, and adds none.
 """
@@ -24,13 +24,14 @@ _KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     either.gate_or_up,
     halves.shift_and_scale,
     orders.named,
+    orders.gates,
     patches.merged,
     patches.pixels,
     squares.find,
     either.up_or_down,
 )
 _OF_PARTS = (fused.find, halves.gate_and_up, squares.find)  # also of what is cut or joined
-_ANEW = (squares.KIND,)  # what is written anew between files of one naming
+_ANEW = (squares.KIND, orders.GATES)  # what is written anew between files of one naming
 Tensors = Mapping[str, TensorMeta]
 
 
