@@ -22,6 +22,7 @@ Tensors = Mapping[str, TensorMeta]
 Shape = tuple[int, ...]
 NOT_THE_WEIGHT = "a factor of a weight, and not the weight"
 _LOW_RANK = "low rank"  # how a weight is held that no op makes of its two factors
+_MXFP4 = "MXFP4"  # the same
 DEQUANTIZE = "codes, of which --dequantize makes values"
 
 
@@ -46,7 +47,13 @@ class Form:
     values_tell: bool = True
 
 
+def _mxfp4(blocks: Shape, scales: Shape) -> tuple[int | None, ...]:
+    """Where one scale stands for 16 bytes, of two codes each."""
+    return (0,) if blocks == (*scales, 16) else ()
+
+
 FORMS = (
+    *(Form(_MXFP4, (f"{{}}{mark}blocks", f"{{}}{mark}scales"), 0, _mxfp4) for mark in "_."),
     Form("spectral_norm", ("{}_orig", "{}_u", "{}_v"), 0, spectral_norm.dims_of, values_tell=False),
     Form("weight_norm", ("{}_g", "{}_v"), 1, weight_norm.dims_of, True),
     Form("weight_norm", ("parametrizations.{}.original0", "parametrizations.{}.original1"), 1, weight_norm.dims_of, True),
@@ -168,6 +175,9 @@ def _side(tensors: Tensors, renamed: Mapping[str, str | None], hidden: Mapping[s
             form, keys = groups[weight]
             parts = [seen[key] for key in keys]
             plain[weight] = replace(parts[form.whole], name=weight)
+            if form.op == _MXFP4:
+                *rows, blocks, size = plain[weight].shape
+                plain[weight] = replace(plain[weight], dtype="F32", shape=(*rows, 2 * blocks * size))
             factored[weight] = _factored(form, parts)
     return Side(plain, factored, codes)
 
@@ -224,7 +234,7 @@ def _stem(key: str, name: str) -> tuple[str, str] | None:
         head, separator, weight = stem.rpartition(before)
         return (head, weight) if separator and weight and "." not in weight and (not head or head.endswith(".")) else None
     head, dot, weight = stem.rpartition(".")
-    return (head + dot, weight) if "weight" in weight.split("_") else None
+    return (head + dot, weight) if "weight" in weight.split("_") or after[1:] == "blocks" else None
 
 
 def as_stored(links: Iterable[Link], source: Side, target: Side, *, dequantize: bool = False) -> list[Link]:
@@ -286,7 +296,7 @@ def _stored_links(link: Link, source: Mapping[str, Factored], target: Mapping[st
         return
     folds = {weight.op if weight is not None else "" for weight in source_weights}
     unfolds = {weight.unfold if weight is not None else "" for weight in target_weights}
-    if len(folds) > 1 or len(unfolds) > 1 or None in unfolds:
+    if len(folds) > 1 or len(unfolds) > 1 or None in unfolds or _MXFP4 in folds:
         return
     (fold,), (unfold,) = folds, unfolds
     if unfold and len(target_weights) > 1:

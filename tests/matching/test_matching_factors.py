@@ -477,3 +477,29 @@ def test_low_rank_changes_of_two_models_in_one_file_are_found_for_both(in_order:
         for key, name in zip(here, there, strict=True)
         for source, target in (("down", "A"), ("up", "B"))
     }
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_blocks_of_codes_go_with_their_scales(in_order: bool) -> None:
+    """OpenAI's own file of gpt-oss and transformers' hold MXFP4 under two names, with a doubt about gate and up as their bias has it."""
+
+    def side(head: str, fused: str, down: str, mark: str, norm: str) -> dict[str, TensorMeta]:
+        found = [meta(f"{head}.{at}.{norm}", (96,)) for at in range(2)]
+        for name, rows, blocks in ((fused, 64, 3), (down, 96, 1)):
+            stems = [f"{head}.{at}.{name}" for at in range(2)]
+            found += [meta(f"{stem.removesuffix('_weight')}_bias", (4, rows)) for stem in stems]
+            found += [TensorMeta(f"{stem}{mark}blocks", "U8", (4, rows, blocks, 16), ()) for stem in stems]
+            found += [TensorMeta(f"{stem}{mark}scales", "U8", (4, rows, blocks), ()) for stem in stems]
+        return {one.name: one for one in (found if in_order else sorted(found, key=lambda one: one.name))}
+
+    source = side("block", "mlp.mlp1_weight", "mlp.mlp2_weight", ".", "norm.scale")
+    target = side("layers", "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "_", "layernorm.weight")
+    for sides_of, back in (((source, target), False), ((target, source), True)):
+        found = match(*sides_of)
+        assert len(found.links) == len(target) and all(link.clear for link in found.links)
+        for part in ("blocks", "scales"):
+            keys = [f"layers.1.mlp.experts.{name}_proj_{part}" for name in ("gate_up", "down")]
+            firsts = [f"block.1.mlp.mlp{number}_weight.{part}" for number in (1, 2)]
+            links = [found.by_target[key] for key in (firsts if back else keys)]
+            assert [link.sources for link in links] == [(key,) for key in (keys if back else firsts)]
+            assert links[0].choices[1].op == "roll(dim=1, by=32)" and links[1].certain

@@ -56,6 +56,7 @@ TABLE: tuple[Scheme, ...] = (
     Scheme("codes of GPTQ or AWQ", ".qweight", INTS, (".scales",), (".qzeros", ".g_idx")),
     Scheme("packed codes of compressed-tensors", "_packed", INTS, ("_scale",), ("_shape", "_zero_point", "_g_idx", "_global_scale")),
     Scheme("MXFP4 codes", "_blocks", frozenset({"U8"}), ("_scales",), same_dtype=True),
+    Scheme("MXFP4 codes", ".blocks", frozenset({"U8"}), (".scales",), same_dtype=True),
     Scheme("codes of torchao", "qdata", INTS | FP8, ("scale",), ("zero_point",)),
     Scheme("codes of quanto", "._data", INTS | FP8, ("._scale",), ("._shift",)),
     Scheme("codes of HQQ", ".W_q", INTS, (".scale",), (".zero", ".meta")),
