@@ -192,9 +192,7 @@ class _Pieces:
                     for edge in (*_edges(unit.main), *_edges(unit.main[::-1])):
                         self.by_edge.setdefault(edge, {})[index] = family
         self.rows: dict[int, list[list[Node]]] = {}
-        lists = [
-            sorted(row, key=lambda unit: unit.numbers) for row in _families([unit for unit in matrices if unit.name.isdigit()], _list_of)
-        ]
+        lists = [sorted(row, key=lambda unit: unit.numbers) for row in _families([unit for unit in units if unit.name.isdigit()], _list_of)]
         lists = [row for row in lists if len(row) > 1 and [int(unit.name) for unit in row] == list(range(len(row)))]
         for row in _families(matrices, _without_numbers):
             self.rows.setdefault(len(row), []).append(sorted(row, key=lambda unit: unit.numbers))
@@ -205,6 +203,7 @@ class _Pieces:
 
     def of(self, whole: Node) -> _Match | None:
         """The units that add up to a whole, in order, with a margin and words."""
+        told = None
         if len(whole.main) == 2:
             told = _in_a_row(whole, [row for row in self.lists if not any(id(unit) in self.taken for unit in row)])
             if told and told[1] == inf:
@@ -216,10 +215,10 @@ class _Pieces:
                 if _adds_up(whole.main, parts) and _may_hold(whole, parts):
                     return parts, margin, "its parts side by side"
         if len(whole.main) == 2:
-            return _in_a_row(whole, [row for row in self.single if not any(id(unit) in self.taken for unit in row)])
-        if len(whole.main) != 3:
-            return None
-        rows = self.rows.get(whole.main[0], [])
+            told = _in_a_row(whole, [row for row in self.single if not any(id(unit) in self.taken for unit in row)])
+        if told or len(whole.main) not in (2, 3):
+            return told
+        rows = [row for row in self.rows.get(whole.main[0], []) if len(row[0].main) > 1 or _may_hold(whole, row)]
         words = {*concepts(whole.name), self.gates[0].get(whole.name, whole.name)}
         left = [row for row in rows if not any(id(unit) in self.taken for unit in row)]
         return _stacked(whole, words, self.gates[1], self.shapes[whole.main] == 1, left)

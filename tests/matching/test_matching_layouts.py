@@ -264,6 +264,24 @@ def test_the_members_of_a_list_are_one_tensor_elsewhere(stacked: bool, in_order:
 
 
 @pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("cuts", [False, True])
+def test_a_norm_for_each_head_is_a_row_of_one_elsewhere(cuts: bool, in_order: bool) -> None:
+    """StableLM's norms of queries and keys, which llama.cpp holds as matrices."""
+    heads = {"q": 6, "k": 3}
+    parts: Shapes = {f"layers.{i}.attn.{name}_proj.weight": (8 * size, 48) for i in range(2) for name, size in heads.items()}
+    wholes = {key.replace("layers", "blk").replace("_proj", ""): shape for key, shape in parts.items()}
+    parts |= {f"layers.{i}.attn.{name}_norm.norms.{at}.weight": (8,) for i in range(2) for name in heads for at in range(heads[name])}
+    wholes |= {f"blk.{i}.attn.{name}_norm.weight": (size, 8) for i in range(2) for name, size in heads.items()}
+    found = links(*((wholes, parts) if cuts else (parts, wholes)), in_order)
+    norms = {key: link for key, link in found.items() if "norm" in key}
+    assert len(norms) == (18 if cuts else 4) and all(link.certain for link in norms.values())
+    for link in norms.values():
+        (whole,), rows = (link.sources, link.targets) if cuts else (link.targets, link.sources)
+        assert rows == tuple(f"{whole.replace('blk', 'layers').removesuffix('weight')}norms.{at}.weight" for at in range(wholes[whole][0]))
+        assert link.op == ("unstack(dim=0)" if cuts else "stack(dim=0)")
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
 def test_two_counted_matrices_are_the_halves_of_one_in_either_order(in_order: bool) -> None:
     """T5's `wi_0` and `wi_1` in a GEGLU: diffusers has the gate behind, others before."""
     source: Shapes = {f"layers.{i}.ffn.{name}.weight": (24, 8) for i in range(2) for name in ("wi_0", "wi_1")}
