@@ -98,7 +98,8 @@ def _named(wholes: Sequence[Node], units: Sequence[Node], clues: Clues, turned: 
                 *(choice.evidence if len(same_shape) + len(firsts) > 2 else ()),
             )
             sides = ((whole,), parts) if turned else (parts, (whole,))
-            margin, words = (choice.margin, ()) if _names_agree(whole, parts) else (min(choice.margin, 0.5), ("no word in common",))
+            agree = _names_agree(whole, parts) and (len(parts) < 6 or _may_hold(whole, parts))
+            margin, words = (choice.margin, ()) if agree else (min(choice.margin, 0.5), ("no word in common",))
             results.append(Fused(sides[0], sides[1], margin, (*evidence, *words)))
     return results, waiting
 
@@ -121,10 +122,20 @@ def _named_rows(units: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
             yield from _rows_of(family, around, orders)
     for family in _families(units, _parent):
         yield from recurrent_rows(family)
+    for family in _families(units, _heads):
+        rows = [[unit for unit in family if concepts(unit.name) == (part,)] for part in "qkv"]
+        if len(rows[0]) > 1 and len({*map(len, rows)}) == 1:  # of each head, in a list
+            yield tuple(unit for row in rows for unit in sorted(row, key=lambda unit: unit.numbers))
 
 
 def _parent(unit: Node) -> str:
     return unit.parent
+
+
+def _heads(unit: Node) -> str:
+    """The list whose member holds a unit directly; the unit's own path where none does."""
+    around, _, member = unit.parent.rpartition(".")
+    return around if member.isdigit() else unit.path
 
 
 def _block(unit: Node) -> str:

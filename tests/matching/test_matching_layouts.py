@@ -265,6 +265,28 @@ def test_the_members_of_a_list_are_one_tensor_elsewhere(stacked: bool, in_order:
 
 @pytest.mark.parametrize("in_order", ORDERS)
 @pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("name", ["in_proj_weight", "qkv.weight"])
+def test_heads_in_a_list_are_one_matrix_elsewhere(name: str, cuts: bool, in_order: bool) -> None:
+    """All queries, all keys, all values, as torch has it; elsewhere each head's may be together."""
+    heads = [(head, part) for part in ("query", "key", "value") for head in range(4)]
+    parts: Shapes = {f"blocks.{i}.sa.heads.{head}.{part}.weight": (2, 8) for i in range(2) for head, part in sorted(heads)}
+    wholes: Shapes = {f"layers.{i}.self_attn.{name}": (24, 8) for i in range(2)}
+    for i in range(2):
+        parts[f"blocks.{i}.sa.proj.weight"] = wholes[f"layers.{i}.self_attn.out_proj.weight"] = (8, 8)
+    found = links(*((wholes, parts) if cuts else (parts, wholes)), in_order)
+    rows = {f"blocks.1.sa.heads.{head}.{part}.weight": torch.randn(2, 8) for head, part in heads}
+    key = f"layers.1.self_attn.{name}"
+    link = found[next(iter(rows)) if cuts else key]
+    assert link.clear and bool(link.doubt) == (name == "qkv.weight")
+    assert (link.targets if cuts else link.sources) == tuple(rows)
+    for at, keys in enumerate((rows, sorted(rows, key=lambda own: own.split(".")[4])) if link.doubt else ()):
+        whole = torch.cat([rows[own] for own in keys])
+        got = made(link, at, {key: whole} if cuts else rows, parts if cuts else wholes)
+        assert all(torch.equal(got[own], rows[own]) for own in rows) if cuts else torch.equal(got[key], whole)
+
+
+@pytest.mark.parametrize("in_order", ORDERS)
+@pytest.mark.parametrize("cuts", [False, True])
 def test_a_norm_for_each_head_is_a_row_of_one_elsewhere(cuts: bool, in_order: bool) -> None:
     """StableLM's norms of queries and keys, which llama.cpp holds as matrices."""
     heads = {"q": 6, "k": 3}

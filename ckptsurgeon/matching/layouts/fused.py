@@ -37,10 +37,16 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     wholes, parts = (link.sources, link.targets) if len(link.sources) == 1 else (link.targets, link.sources)
     names = [own_concepts(part) & {"q", "k", "v"} for part in parts]
     cut = _CUT.fullmatch(link.op)
-    if len(wholes) != 1 or cut is None or names not in ([{"q"}, {"k"}, {"v"}], [{"k"}, {"v"}]):
+    count = len(parts) // 3  # of heads, where each has its own
+    of_heads = count > 1 and names == [{part} for part in "qkv" for _ in range(count)]
+    if len(wholes) != 1 or cut is None or not (of_heads or names in ([{"q"}, {"k"}, {"v"}], [{"k"}, {"v"}])):
         return ()
     if _is_in_turn((word(wholes[0]),), sides):
         return ()
+    if of_heads:
+        by_head = tuple(part for at in range(count) for part in parts[at::count])
+        keys = (link.sources, by_head) if parts is link.targets else (by_head, link.targets)
+        return Layout(KIND, _TURN, link.sources, link.targets, link.op), Layout(KIND, _HEAD, *keys, link.op)
     ways = _parted(link, sides, wholes[0], cut)
     own, order = said(wholes[0], "qkv"[-len(parts) :])  # the whole's name may say another order
     changed = tuple(parts[order.index(part)] for part in own)
