@@ -65,11 +65,12 @@ def test_two_names_that_say_the_parts_in_two_orders(name: str, goal_name: str, o
     assert {key for key, link in found.items() if link.doubt} == {key for key in goal if goal_name in key}
 
 
-def test_unequal_parts_change_places() -> None:
+@pytest.mark.parametrize("in_order", ORDERS)
+def test_unequal_parts_change_places(in_order: bool) -> None:
     """Sixteen queries and four keys and values each."""
     source, goal = block("kqv", 24, 16), block("qkv", 24, 16)
     for end in ("weight", "bias"):
-        link = links(source, goal)[f"blocks.0.attn.qkv.{end}"]
+        link = links(source, goal, in_order)[f"blocks.0.attn.qkv.{end}"]
         whole = torch.randn(source[link.sources[0]])
         k, q, v = whole.split([4, 16, 4])
         assert torch.equal(made(link, 1, {link.sources[0]: whole}, goal)[link.targets[0]], torch.cat([q, k, v]))
@@ -86,6 +87,11 @@ def test_parts_along_what_a_layer_takes_in_and_a_bare_table() -> None:
     table = torch.randn(10, 4)
     got = ways(link, {"cos_sin": table}, {"sin_cos": (10, 4)}, "sin_cos")
     assert link.doubt and any(torch.equal(one, table.roll(2, 1)) for one in got)
+
+
+def test_one_number_has_no_parts() -> None:
+    found = links({"kqv_scale": (), **layer("fc", 4, 8)}, {"qkv_scale": (), **layer("fc", 4, 8)})
+    assert not any(link.doubt for link in found.values())
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,12 @@ def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     if not first and ((words[0] == words[1] and not _SEVERAL.fullmatch(words[0])) or _is_in_turn(words, sides)):
         return ()
     shape = sides.target.tensors[target_key].shape
+    if not shape:
+        return ()
     outs = (key for key in _beside(sides, target_key) if "out" in own_concepts(key) | said_by_place(unit_of(key)))
-    out = next((sides.target.tensors[key].shape for key in outs), None)
     parts = len(first) or (2 if "kv" in concepts else 3)
-    queries = out[-1] if out is not None and len(out) == 2 else shape[0] // parts
+    widths = (sides.target.tensors[key].shape[1:] for key in outs)
+    queries = next((width[0] for width in widths if len(width) == 1), shape[0] // parts)
     rows, order = parts * queries, become(first, second)
     dim = shape.index(rows) if rows in shape else 0
     others = (shape[dim] - queries * ("q" in first)) // max(1, len({*first} - {"q"}))

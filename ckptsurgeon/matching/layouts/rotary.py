@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.layouts.sides import Sides, heads_text, own_concepts, parent_of
+from ckptsurgeon.matching.layouts.sides import Sides, heads_text, layouts, own_concepts, parent_of
 from ckptsurgeon.planning.links import Layout, Link
 
 KIND = "rotary"
@@ -39,9 +39,7 @@ def find(link: Link, sides: Sides) -> Sequence[Layout]:
     if heads.isdecimal() and rows // int(heads) % 2:
         return ()
     order = ("pairs", "halves") if sides.target.in_pairs and not sides.source.in_pairs else ("halves", "pairs")
-    as_is = Layout(KIND, "both rotate the same rows", link.sources, link.targets, link.op)
-    chains = [" | ".join(op for op in (link.op, f"permute_rope(heads={heads}, to='{to}')") if op) for to in order]
-    return (as_is, *(Layout(KIND, _WORDS[to], link.sources, link.targets, op) for to, op in zip(order, chains, strict=True)))
+    return layouts(KIND, link, {f"permute_rope(heads={heads}, to='{to}')": _WORDS[to] for to in order})
 
 
 def _rows(sides: Sides, key: str, part: str) -> int:
