@@ -31,6 +31,7 @@ from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import MEMBER, fold, module_of, squeezed
 from ckptsurgeon.matching.towers import exchangeable_parts
+from ckptsurgeon.matching.turning import TURN
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.progress import beat
 
@@ -60,9 +61,11 @@ class Doubt(NamedTuple):
 def doubted(facts: Facts) -> list[Link]:
     """The links; those that a doubt is about have lost their margin, and say why."""
     for kind in _DOUBTS:
-        beat()
-        doubts = {id(doubt.link): doubt for doubt in kind(facts)}
-        if doubts:
+        surer = True
+        while surer:  # what was sure speaks for other links
+            beat()
+            doubts = {id(doubt.link): doubt for doubt in kind(facts)}
+            surer = any(doubt.link.clear for doubt in doubts.values())
             facts = replace(facts, links=[doubts[id(link)].cast() if id(link) in doubts else link for link in facts.links])
     return list(facts.links)
 
@@ -81,6 +84,19 @@ def _another_size(facts: Facts) -> _Doubts:
             if key not in facts.used or (key in target_of and facts.namesakes.get(target_of[key]) in link.sources):
                 yield Doubt(link, f"{key} has that name, in another size", f"{key} -> {name}")
                 break
+
+
+def _turned_alone(facts: Facts) -> _Doubts:
+    """The one matrix that is turned, where others that are not square are not, or all are square: it may be of another size.
+
+    A layer that has as many outputs on both sides, as its bias says, is turned.
+    """
+    turned = [link for link in _open(facts) if link.op == TURN and link.sources[0] in facts.namesakes.values()]
+    for link in turned if len(turned) == 1 else ():
+        biased = f"{module_of(link.targets[0])}.bias" in facts.target
+        others = sum(len(tensor.shape) == 2 for tensor in facts.target.values()) > 1
+        if others and not biased:
+            yield Doubt(link, "no other matrix is turned: it may be of another size")
 
 
 def _shape_alone(facts: Facts) -> _Doubts:
@@ -315,6 +331,7 @@ def _in_turn(numbers: Iterable[str], others: Iterable[str]) -> bool:
 
 _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _another_size,
+    _turned_alone,
     _across,
     _counted_and_named,
     _out_of_order,

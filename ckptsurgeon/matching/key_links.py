@@ -1,6 +1,7 @@
 """From units that go together to keys that do, with what has to be done to their tensors. Knows shapes and roles, and chooses nothing new.
 
-Rule: a tensor goes to the one of its role. A square matrix is turned only where its model's other matrices are.
+Rule: a tensor goes to the one of its role. A square matrix is turned only where its model's other matrices are, and none whose layer has
+other outputs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ckptsurgeon.matching.module_tree import Node, Shape, is_float, squeezed
 from ckptsurgeon.matching.pairing import Laid
+from ckptsurgeon.matching.turning import TURN
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
 
@@ -23,6 +25,8 @@ def links(laid: Laid) -> Iterator[Link]:
     if len(laid.sources) == len(laid.targets) == 1:
         for source, target in _roles(laid.sources[0], laid.targets[0]):
             op = _one_to_one(source, target)
+            if op == TURN and _other_outputs(laid.sources[0], laid.targets[0]):
+                continue
             if op is not None:
                 yield link([source.name], [target.name], op)
         return
@@ -50,6 +54,12 @@ def _roles(source_unit: Node, target_unit: Node) -> Iterator[tuple[TensorMeta, T
             yield tensor, fits[0]
 
 
+def _other_outputs(source_unit: Node, target_unit: Node) -> bool:
+    """Whether two layers have biases of another size: a layer of other sizes, and not the same one turned."""
+    biases = [unit.tensors.get("bias") for unit in (source_unit, target_unit)]
+    return len({bias.numel for bias in biases if bias}) > 1
+
+
 def _one_to_one(source: TensorMeta, target: TensorMeta) -> str | None:
     """What makes a tensor the other; None where nothing does."""
     shape = source.shape
@@ -58,7 +68,7 @@ def _one_to_one(source: TensorMeta, target: TensorMeta) -> str | None:
     if squeezed(shape) == squeezed(target.shape):
         return "reshape"
     if len(shape) == 2 and shape == target.shape[::-1]:
-        return "transpose"
+        return TURN
     windows = len(shape) == len(target.shape) > 3  # two convolutions whose windows differ are not one flattened
     return "reshape" if source.numel == target.numel and shape[:1] == target.shape[:1] and not windows else None
 
@@ -87,7 +97,7 @@ def _join(whole: Shape, parts: Sequence[Shape], joins: bool) -> str | None:
 
 def _joined(whole: Shape, parts: Sequence[Shape], joins: bool) -> str | None:
     """The same, where all have as many dims."""
-    for turn, shapes in (("", parts), ("transpose", [shape[::-1] for shape in parts])):
+    for turn, shapes in (("", parts), (TURN, [shape[::-1] for shape in parts])):
         dims = [
             dim
             for dim in range(len(whole))

@@ -137,7 +137,7 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
     facts = replace(facts, same=same)
     links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)
-    links = _towered(counted(links, source), whole, target, same)
+    links = _towered(counted(links, source), source, target, same)
     links = _named_back(doubted(replace(facts, links=links)), *names)
     return result(links, all_source, all_target, trust)
 

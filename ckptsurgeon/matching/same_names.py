@@ -221,7 +221,8 @@ def _square(matrix: TensorMeta) -> bool:
 
 
 def _kinds(key: str) -> Iterator[str]:
-    """What a matrix is a kind of, the nearest first: by its module's own name, then by the module that it stands in."""
+    """What a matrix is a kind of, the nearest first: by its module's own name, then by the module that it stands in, save the whole."""
     parts = fold(key).split(".")
     yield ".".join(parts[-2:])
-    yield ".".join(parts[:-2])
+    if parts[:-2]:
+        yield ".".join(parts[:-2])

@@ -24,11 +24,17 @@ from ckptsurgeon.matching.spelling import unique
 from ckptsurgeon.planning.links import ENOUGH, Link
 from ckptsurgeon.tensors import TensorMeta
 
-_FOLLOWERS = {"k", "momentum", "student", "m", "slow"}
+_FOLLOWERS = {"k", "momentum", "student", "m", "slow", "target"}
 _LED = 0.6  # of the tensors that a word is in the names of, that stand without it too, from which on the word is of a tower
 _WORDS_OF_A_TOWER = 3  # the first of a name, of which one may be the tower's
 _FIRST_WORDS = re.compile(r"[^._\d][^._]*")
-_LEAST_KEYS, _LEAST_SHARE, _ALL = 8, 0.2, 0.9  # keys and elements from which on a part is a tower; how much of it its look-alike must have
+_LEAST_KEYS, _LEAST_SHARE, _ALL, _MOST = (
+    8,
+    0.2,
+    0.9,
+    0.8,
+)  # keys and elements from which on a part is a tower; how much of it its look-alike must have
+_MOST_WRAPPED = 2  # parts of a name that one of two towers has more
 _LEAST_PLACES = 4  # layers of a block that stand twice, from which on they are two towers
 Tensors = Mapping[str, TensorMeta]
 
@@ -89,10 +95,10 @@ def _joined(*parts: str) -> str:
 
 
 def led(side: Tensors, other_side: Tensors) -> set[str]:
-    """The keys of towers that lean on another: `decoder_blocks` beside `blocks`, `backbone_momentum` beside `backbone`.
+    """The keys of towers that lean on another: `decoder_blocks` beside `blocks`, `encoder_k` beside `encoder_q`.
 
-    So it is where a word is among the first of names, most of these are names of the side without it too, and the other side has neither
-    that word nor the room for both towers.
+    So it is where a word is among the first of names, most of these are names of the side without it too, or it says that the tower follows
+    another (`_FOLLOWERS`), and most of it is elsewhere too; and the other side has neither that word nor the room for both towers.
 
     >>> from ckptsurgeon.tensors import TensorMeta
     >>> keys = [f"{mark}blocks.{i}.{name}.weight" for mark in ("", "decoder_") for i in range(2) for name in ("fc", "mid", "out", "norm")]
@@ -115,21 +121,47 @@ def led(side: Tensors, other_side: Tensors) -> set[str]:
             names = by_word[word]
             rest = sum(tensor.numel for key, tensor in side.items() if key not in names)
             leaning |= {*names} if rest + sum(side[key].numel for key in twins) > room else set()
+    total = sum(tensor.numel for key, tensor in side.items() if key not in leaning)
+    for head, keys in _following(side, leaning):
+        said = {word for key in other_side for word in concepts(key)}.intersection(*map(concepts, [head.rpartition(".")[2]]))
+        leaning |= {*keys} if not said & _FOLLOWERS and total > room else set()
     return leaning
 
 
-def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
-    """The links; those of a tower whose look-alike nothing is taken from have no margin. Links of equal names (`same`) keep theirs.
+def _following(side: Tensors, leaning: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each tower whose name says that it follows one of the same form, wherever that stands: its path and its keys."""
+    towers: dict[str, list[str]] = {}
+    for key in side:
+        if key not in leaning and (head := next((key[:end] for end in _dots(key) if _follows(key[:end])), "")):
+            towers.setdefault(head, []).append(key)
+    for head, keys in towers.items():
+        if len(keys) >= _LEAST_KEYS and any(_holds(side, lead, head + cut, keys) for lead, cut in _leads(side, head, keys)):
+            yield head, keys
 
-    Of two towers that are equally good the one is shown whose name
-    is not known for the one that is left behind (MoCo's keys' encoder, DINO's student).
-    """
+
+def _leads(side: Tensors, head: str, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Paths under which keys of a tower stand elsewhere too, each with what these have before it in the tower."""
+    for key in (keys[0], keys[len(keys) // 2], keys[-1]):
+        within = key[len(head) :]
+        for end in islice(_dots(within), _MOST_WRAPPED + 1):
+            tail = within[end + 1 :]
+            yield from (
+                (other[: -len(tail)], within[: end + 1]) for other in side if other.endswith(tail) and not other.startswith(f"{head}.")
+            )
+
+
+def _holds(side: Tensors, lead: str, tower: str, keys: Sequence[str]) -> bool:
+    """Whether most of a tower's keys stand under another path."""
+    return sum(_alike(side, key, lead + key.removeprefix(tower)) for key in keys if key.startswith(tower)) >= _MOST * len(keys)
+
+
+def towered(links: list[Link], source: Tensors, target: Tensors, same: Mapping[str, str]) -> list[Link]:
+    """The links; those of a tower whose look-alike nothing is taken from have no margin. Links of equal names (`same`) keep theirs."""
     taken = {key: link.targets for link in links for key in link.sources}, {key: link.sources for link in links for key in link.targets}
     lookalikes = _lookalikes(taken[0], source, target), _lookalikes(taken[1], target, source)
     if not any(lookalikes):
         return links
-    follows = {head for head, lead in lookalikes[0].items() if _follows(head) and not _follows(lead)}
-    return [link if _named(link, same) else _doubted(_led(link, follows, lookalikes[0]), *lookalikes) for link in links]
+    return [link if _named(link, same) else _doubted(link, *lookalikes) for link in links]
 
 
 class _Held(NamedTuple):
@@ -202,16 +234,8 @@ def _named(link: Link, same: Mapping[str, str]) -> bool:
 
 
 def _follows(head: str) -> bool:
-    """Whether a tower's name is one of those that training leaves behind: `encoder_k` beside `encoder_q`, a student beside its teacher."""
+    """Whether a tower's name is one of those that training leaves behind: MoCo's `encoder_k`, DINO's student, BYOL's target network."""
     return bool(set(concepts(head.rpartition(".")[2])) & _FOLLOWERS)
-
-
-def _led(link: Link, follows: Collection[str], lookalikes: Mapping[str, str]) -> Link:
-    """A link of a tower that follows, from the one that it follows instead."""
-    if not follows:
-        return link
-    moved = tuple(next((lookalikes[key[:end]] + key[end:] for end in _dots(key) if key[:end] in follows), key) for key in link.sources)
-    return replace(link, sources=moved)
 
 
 def _doubted(link: Link, here: Mapping[str, str], there: Mapping[str, str]) -> Link:
@@ -251,12 +275,12 @@ def _lookalikes(taken: Mapping[str, tuple[str, ...]], side: Tensors, other_side:
         by_parent.setdefault(head.rpartition(".")[0], []).append(head)
     for heads in by_parent.values():
         for tower, lookalike in permutations(heads, 2):
-            if below[tower] == below[lookalike] and not _name_tells(tower, lookalike, words):
+            if not _name_tells(tower, lookalike, words):
                 keys = [key for key in side if key.startswith(f"{tower}.")]
                 same = [key for key in keys if _alike(side, key, lookalike + key[len(tower) :])]
                 once = [key for key in same if _once(taken.get(key), taken.get(lookalike + key[len(tower) :]))]
-                enough = len(once) >= _ALL * len(keys) and sum(side[key].numel for key in once) >= _LEAST_SHARE * total
-                if enough:
+                alike = _MOST * max(below[tower], below[lookalike]) <= len(same) <= len(once) / _ALL
+                if alike and sum(side[key].numel for key in once) >= _LEAST_SHARE * total:
                     lookalikes[tower] = lookalike
     return lookalikes
 

@@ -137,6 +137,7 @@ def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
     `across` says that the outputs of all matrices are along the other dim.
     """
     shapes = {tensor.shape for tensor in target.values()}
+    biased = {(tensor.shape, _bias(key, target)) for key, tensor in target.items()}
     kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
     looks: dict[str, Look] = {}
     for many, look in ((many, look) for many, every in _LOOKS.items() for look in every):
@@ -151,14 +152,31 @@ def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
         }
         if any(map(_kernel, weights)):
             weights = {key: shape for key, shape in weights.items() if _kernel(key)}
-        fits = {key: look.shape(shape) in shapes or (shape[0] == 1 and _fused(look.shape(shape), shapes)) for key, shape in weights.items()}
-        only = sum(shape not in shapes and fits[key] for key, shape in weights.items())
+        fits = {
+            key: _fits(look.shape(shape), _bias(key, source), biased) or (shape[0] == 1 and _fused(look.shape(shape), shapes))
+            for key, shape in weights.items()
+        }
+        only_so = [key for key, shape in weights.items() if shape not in shapes and fits[key]]
+        names = Counter(module_of(key).rpartition(".")[2] for key in weights)
+        alone = look.order == (1, 0) and len(only_so) == 1 and not any(_bias(key, source) for key in only_so)
+        only = 0 if alone and names[module_of(only_so[0]).rpartition(".")[2]] == 1 < len(weights) else len(only_so)
         never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
         if across and look.order == (1, 0):
             looks = {key: look for key, shape in weights.items() if fits[key] or shape not in shapes} | looks
         elif ((kernels or across) and not never) or (only > never and only >= _LEAST * len(weights)):
             looks = {key: look for key in weights if fits[key]} | looks
     return looks
+
+
+def _bias(key: str, side: Tensors) -> int:
+    """How many outputs a weight's bias has; 0 for one without."""
+    bias = side.get(f"{module_of(key)}.bias")
+    return 0 if bias is None else bias.numel
+
+
+def _fits(shape: Shape, bias: int, biased: Set[tuple[Shape, int]]) -> bool:
+    """Whether a layer of the target has a weight of this shape, and as many outputs where both have a bias."""
+    return (shape, bias) in biased or (shape, 0) in biased or (not bias and any(shape == other for other, _ in biased))
 
 
 def _fused(shape: Shape, parts: Set[Shape]) -> bool:

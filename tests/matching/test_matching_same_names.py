@@ -281,3 +281,19 @@ def test_an_output_layer_is_presumed_fresh_where_all_else_has_its_name() -> None
     """Whether it is the embedding, the model says (`ties`), and no file."""
     rest = {"model.embed_tokens.weight": (30, 8), **{f"model.layers.{i}.mlp.weight": (16, 8) for i in range(3)}, "model.norm.weight": (8,)}
     assert sure(side(rest), side(rest | {"lm_head.weight": (30, 8)})) == {key: (key,) for key in rest}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("squares", [("fc1", "fc2", "fc3"), ("blocks.0.fc", "blocks.1.fc")])
+def test_a_layer_that_changed_its_size_turns_no_other(squares: tuple[str, ...], biased: bool) -> None:
+    """64 → 32 where the target has 32 → 64: that the sizes are exchanged is chance, which biases show."""
+
+    def net(outputs: int, inputs: int) -> Side:
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys((f"{name}.weight" for name in squares), (64, 64)) | {
+            "proj.weight": (outputs, inputs)
+        }
+        return side(shapes | {f"{key.removesuffix('weight')}bias": shape[:1] for key, shape in shapes.items() if biased})
+
+    found = match(net(32, 64), net(64, 32)).by_target
+    assert all(found[f"{name}.weight"].op == "" and found[f"{name}.weight"].certain for name in squares)
+    assert "proj.weight" not in found or not found["proj.weight"].certain

@@ -153,3 +153,22 @@ def test_a_tower_is_not_set_aside_where_the_other_side_has_its_word_or_room_for_
     assert led(side, {f"dec.{key}": tensor for key, tensor in half.items()}) == set()
     assert led(side, half | {f"more.{key}": tensor for key, tensor in half.items()}) == set()
     assert led({key: tensor for key, tensor in side.items() if key.startswith("decoder_")}, half) == set()
+
+
+@pytest.mark.parametrize(
+    ("lead", "follower"),
+    [
+        ("backbone.", "target_net.module.0."),  # BYOL's, in a wrapper of its own
+        ("encoder_q.", "encoder_k."),
+        ("module.base_encoder.", "module.momentum_encoder."),
+        ("teacher.backbone.", "student.module.backbone."),  # DINO's
+    ],
+)
+def test_the_tower_that_follows_another_is_left_behind_and_stands_in_for_nothing(lead: str, follower: str) -> None:
+    both = net(lead, HERE) | net(follower, HERE)
+    for one in (net("", THERE), net("", HERE)):
+        found = match(both, one).by_target
+        assert {link.sources[0] for link in found.values() if link.certain} == {*net(lead, HERE)}
+        lacking = {key: tensor for key, tensor in both.items() if not key.startswith(f"{lead}layer2")}
+        found = match(lacking, one).by_target
+        assert not [key for link in found.values() if link.certain for key in link.sources if key.startswith(follower)]

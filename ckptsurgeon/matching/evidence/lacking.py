@@ -21,6 +21,7 @@ _LEVELS = 4  # of modules around a layer that are looked at
 _MOST = 32  # targets without a source that a link is compared with
 _PARTS = frozenset({"q", "k", "v", "out"})  # of one attention
 _TOWERS = (frozenset({"text", "image", "audio"}), frozenset({"encoder", "decoder"}))
+_PARTS_OF_A_BLOCK = frozenset({"attn", "mlp"})  # a norm may be called after the one before it, or behind
 
 
 def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterator[tuple[Link, str, str]]:
@@ -108,10 +109,12 @@ def _own_words(key: str) -> frozenset[str]:
 
 
 def _exclude(key: str, name: str, sides: tuple[frozenset[str], frozenset[str]]) -> bool:
-    """Whether two names are of other parts of an attention, or of other towers, where a side has both of these."""
-    words, other_words = frozenset(concepts(module_of(key))), frozenset(concepts(module_of(name)))
+    """Whether two names are of other parts of an attention or of a block, or of other towers, where a side has both of these."""
+    words, other_words = (frozenset(concepts(module_of(path))) for path in (key, name))
     both = [kind for kind in _TOWERS if other_words & kind <= sides[0] or words & kind <= sides[1]]
-    return conflict(_own_words(key), _own_words(name), kinds=[_PARTS]) or conflict(words, other_words, kinds=both)
+    within = [frozenset(concepts(module_of(path)[len(around(path, _MEMBER)) :])) for path in (key, name)]
+    apart = "norm" not in within[0] | within[1] and conflict(*within, kinds=[_PARTS_OF_A_BLOCK])
+    return apart or conflict(_own_words(key), _own_words(name), kinds=[_PARTS]) or conflict(words, other_words, kinds=both)
 
 
 _Pairs = Callable[[str, str], Iterator[tuple[str, str]]]  # of what two layers stand in, by their paths
