@@ -207,6 +207,13 @@ def _turned(matched: Sequence[Link], same: Mapping[str, str], source: Tensors) -
             turn = TURNS[len(matrix.shape)]
             if next((kinds[kind] for kind in _kinds(link.sources[0]) if kind in kinds), {link.op}) == {turn}:
                 turned[link.sources[0]] = replace(link, op=turn, margin=inf, evidence=(SAME, TURNED))
+    turned |= {
+        link.sources[0]: replace(link, margin=inf, evidence=(SAME, TURNED))
+        for link in matched
+        if link.op.startswith("permute")
+        and same.get(link.sources[0]) == link.targets[0]
+        and len(source[link.sources[0]].shape) not in TURNS
+    }
     return turned
 
 

@@ -58,12 +58,12 @@ class Look(NamedTuple):
 
 
 # How dims stand elsewhere, by their number: a matrix (and a bias of heads), a stack of matrices and projections to heads and from them, a
-# window before its channels (in, out; or, where each channel has a window of its own, channels and one).
+# window before its channels (in, out; or, where each channel has a window of its own, channels and one), or between them; and back.
 _LOOKS = {
     2: (Look((1, 0)), Look((0, 1), 0)),
     3: (Look((2, 1, 0)), Look((1, 2, 0)), Look((0, 2, 1)), Look((1, 2, 0), 0), Look((2, 0, 1), 1)),
-    4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1))),
-    5: (Look((4, 3, 0, 1, 2)),),
+    4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1)), Look((0, 2, 3, 1)), Look((0, 3, 1, 2)), Look((2, 3, 1, 0))),
+    5: (Look((4, 3, 0, 1, 2)), Look((0, 2, 3, 4, 1)), Look((0, 4, 1, 2, 3)), Look((2, 3, 4, 1, 0))),
 }
 # The target's projections to heads and from them, and the biases of these, as the matrices and vectors that they are elsewhere.
 _HEADS = {2: (Look((0, 1), 0),), 3: (Look((0, 1, 2), 1), Look((1, 0, 2), 1), Look((0, 1, 2), 0))}
@@ -134,38 +134,46 @@ def _with_heads(source: Tensors, target: Tensors, linear: bool) -> dict[str, Loo
 def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
     """The source's weights turned, those of one kind (matrices, windows) where more fit only so than only as they are; else as they are.
 
-    `across` says that the outputs of all matrices are along the other dim.
+    What fits in two ways is turned as what fits in one of them alone. `across` says that outputs are along the other dim in all matrices.
     """
+    kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
+    ways = [_fitting(look, many, source, target, (across, kernels)) for many, every in _LOOKS.items() for look in every]
+    looks: dict[str, Look] = {}
+    for _, found in sorted(ways, key=lambda way: sum(way[0] < only for only, _ in ways)):
+        looks = found | looks
+    return looks
+
+
+def _fitting(look: Look, many: int, source: Tensors, target: Tensors, told: tuple[bool, bool]) -> tuple[Set[str], dict[str, Look]]:
+    """Which weights of so many dims fit the target looked at so, and not as they are; and how all of these look that fit so."""
     shapes = {tensor.shape for tensor in target.values()}
     biased = {(tensor.shape, _bias(key, target)) for key, tensor in target.items()}
-    kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
-    looks: dict[str, Look] = {}
-    for many, look in ((many, look) for many, every in _LOOKS.items() for look in every):
-        of_biases = many == 2 and look.one is not None
-        weights = {
-            key: tensor.shape
-            for key, tensor in source.items()
-            if len(tensor.shape) == many
-            and not (many == 2 and _table(key))
-            and (key.endswith("bias") or not of_biases)
-            and (look.one is None or tensor.shape not in shapes)
-        }
-        if any(map(_kernel, weights)):
-            weights = {key: shape for key, shape in weights.items() if _kernel(key)}
-        fits = {
-            key: _fits(look.shape(shape), _bias(key, source), biased) or (shape[0] == 1 and _fused(look.shape(shape), shapes))
-            for key, shape in weights.items()
-        }
-        only_so = [key for key, shape in weights.items() if shape not in shapes and fits[key]]
+    of_biases = many == 2 and look.one is not None
+    weights = {
+        key: tensor.shape
+        for key, tensor in source.items()
+        if len(tensor.shape) == many
+        and not (many == 2 and _table(key))
+        and (key.endswith("bias") or not of_biases)
+        and (look.one is None or tensor.shape not in shapes)
+    }
+    if any(map(_kernel, weights)):
+        weights = {key: shape for key, shape in weights.items() if _kernel(key)}
+    fits = {
+        key: _fits(look.shape(shape), _bias(key, source), biased) or (shape[0] == 1 and _fused(look.shape(shape), shapes))
+        for key, shape in weights.items()
+    }
+    only = [key for key, shape in weights.items() if shape not in shapes and fits[key]]
+    never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
+    if look.order == (1, 0) and len(only) == 1 and not _bias(only[0], source):
         names = Counter(module_of(key).rpartition(".")[2] for key in weights)
-        alone = look.order == (1, 0) and len(only_so) == 1 and not any(_bias(key, source) for key in only_so)
-        only = 0 if alone and names[module_of(only_so[0]).rpartition(".")[2]] == 1 < len(weights) else len(only_so)
-        never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
-        if across and look.order == (1, 0):
-            looks = {key: look for key, shape in weights.items() if fits[key] or shape not in shapes} | looks
-        elif ((kernels or across) and not never) or (only > never and only >= _LEAST * len(weights)):
-            looks = {key: look for key in weights if fits[key]} | looks
-    return looks
+        only = only if names[module_of(only[0]).rpartition(".")[2]] > 1 or len(weights) == 1 else []
+    across, kernels = told
+    if across and look.order == (1, 0):
+        return {*only}, {key: look for key, shape in weights.items() if fits[key] or shape not in shapes}
+    if ((kernels or across) and not never) or (len(only) > never and len(only) >= _LEAST * len(weights)):
+        return {*only}, {key: look for key in weights if fits[key]}
+    return frozenset(), {}
 
 
 def _bias(key: str, side: Tensors) -> int:

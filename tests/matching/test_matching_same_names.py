@@ -297,3 +297,20 @@ def test_a_layer_that_changed_its_size_turns_no_other(squares: tuple[str, ...], 
     found = match(net(32, 64), net(64, 32)).by_target
     assert all(found[f"{name}.weight"].op == "" and found[f"{name}.weight"].certain for name in squares)
     assert "proj.weight" not in found or not found["proj.weight"].certain
+
+
+@pytest.mark.parametrize("to_last", [True, False])
+def test_kernels_with_their_channels_last_keep_their_names(to_last: bool) -> None:
+    """MLX has (out, window, in). A kernel whose window is as wide as its channels fits as it is too, and is turned as the others are."""
+    shapes = {"stem": (8, 3, 3, 3), "body": (16, 8, 3, 3), "line": (16, 20, 3), "square": (16, 16, 3), "volume": (8, 3, 2, 5, 5)}
+    first = side(
+        {f"{name}.weight": shape for name, shape in shapes.items()} | {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+    )
+    last = side({key: (tensor.shape[0], *tensor.shape[2:], *tensor.shape[1:2]) for key, tensor in first.items()})
+    found = match(*((first, last) if to_last else (last, first)))
+    assert {link.sources for link in found.certain} == {(key,) for key in first}
+    for link in found.certain:
+        if link.targets[0].endswith("weight"):
+            many = len(first[link.targets[0]].shape)
+            order = [0, *range(2, many), 1] if to_last else [0, many - 1, *range(1, many - 1)]
+            assert link.op == f"permute({order})"
