@@ -165,9 +165,10 @@ def _fitting(look: Look, many: int, source: Tensors, target: Tensors, told: tupl
     }
     only = [key for key, shape in weights.items() if shape not in shapes and fits[key]]
     never = sum(shape in shapes and not fits[key] for key, shape in weights.items())
-    if look.order == (1, 0) and len(only) == 1 and not _bias(only[0], source):
+    oblong = [key for key, shape in weights.items() if fits[key] and shape[0] != shape[-1]]
+    if look.order == (1, 0) and len(oblong) == 1 < len(weights) and not _bias(oblong[0], source):
         names = Counter(module_of(key).rpartition(".")[2] for key in weights)
-        only = only if names[module_of(only[0]).rpartition(".")[2]] > 1 or len(weights) == 1 else []
+        only = only if names[module_of(oblong[0]).rpartition(".")[2]] > 1 else []
     across, kernels = told
     if across and look.order == (1, 0):
         return {*only}, {key: look for key, shape in weights.items() if fits[key] or shape not in shapes}

@@ -59,7 +59,8 @@ def gate_and_up(link: Link, sides: Sides) -> Sequence[Layout]:
 def _whole(link: Link, sides: Sides) -> Sequence[Layout]:
     """The layouts of a fused matrix, also one of all experts, or of its bias, that both sides have under names of their own."""
     key, name = sides.source.matrix(link.sources[0]), sides.target.matrix(link.targets[0])
-    if word(key) == word(name) or "reshape" in link.op or len(sides.target.tensors[name].shape) not in (2, 3):
+    dims = {len(sides.source.tensors[key].shape), len(sides.target.tensors[name].shape)}
+    if word(key) == word(name) or dims not in ({2}, {3}):
         return ()
     said = any({"gate", "up"} <= own_concepts(one) for one in (key, name))
     dim = _doubled(name, sides.target)
