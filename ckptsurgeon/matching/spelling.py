@@ -106,7 +106,11 @@ def spelled_both(source: Tensors, target: Tensors) -> tuple[dict[str, str], dict
 
 def _as_layers(names: Mapping[str, str]) -> dict[str, str]:
     """The names, where a module's parameters `W_Q`, `b_Q` and `W` are called as those of layers: `Q.weight`, `Q.bias` and `weight`."""
-    found = {key: parameter for key, name in names.items() if (parameter := _PARAMETER.fullmatch(name))}
+    found = {
+        key: parameter
+        for key, name in names.items()
+        if (parameter := _PARAMETER.fullmatch(name)) and name.rpartition(".")[2] not in ROLES  # a norm's `a_2`, `b_2`
+    }
     layers: dict[str, set[str]] = {}
     for parameter in found.values():
         layers.setdefault(parameter["module"], set()).add(parameter["layer"] or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rows_support import ORDERS, Rows, side, sure
+from rows_support import ORDERS, Rows, side, sides, sure
 
 from ckptsurgeon.matching.matcher import match
 from ckptsurgeon.tensors import TensorMeta
@@ -99,3 +99,11 @@ def test_norms_beside_a_vector_of_their_width_go_by_their_names(in_order: bool) 
     assert found["model.layers.1.input_layernorm.weight"] == "blk.1.attn_norm.weight"
     assert found["model.layers.1.post_attention_layernorm.weight"] == "blk.1.ffn_norm.weight"
     assert found.get("model.layers.1.mlp.shared_expert_gate.weight", "blk.1.ffn_gate_inp_shexp.weight") == "blk.1.ffn_gate_inp_shexp.weight"
+
+
+@ORDERS
+def test_the_first_transformers_norms_are_weights_and_biases(in_order: bool) -> None:
+    """`a_2` and `b_2`, as The Annotated Transformer has them (Rush, 2018), are one norm, and not the biases of two layers."""
+    source: Rows = [(f"layers.{at}.sublayer.{which}.norm.{name}", (8,)) for at in range(3) for which in (0, 1) for name in ("a_2", "b_2")]
+    target: Rows = [(f"layers.{at}.norm{which + 1}.{name}", (8,)) for at in range(3) for which in (0, 1) for name in ("weight", "bias")]
+    assert sure(match(*sides(source, target, in_order))) == {name: key for (key, _), (name, _) in zip(source, target, strict=True)}

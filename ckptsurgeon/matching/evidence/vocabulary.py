@@ -47,7 +47,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
         "cross.attn",
     ),
     (r"feed_?forward|ffn?|mlps?|pointwise_feedforward|positionwise", "mlp"),
-    (r"token_?type|segment|seg", "tokentype"),
+    (r"token_?types?|segments?|seg", "tokentype"),
     (r"position(s|al)?(_ids)?|pos|wpe", "pos"),
     (r"tokens?_?(mix(er|ing)?|mlp)|(mix(er|ing)?|mlp)_?tokens?", "tokenmix"),
     (r"class_?(token|embedding)|cls_?(token|embedding)?", "cls"),
