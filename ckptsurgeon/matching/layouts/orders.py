@@ -29,6 +29,8 @@ def said(key: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     >>> said("attn.to_kqv.weight", "attn.in_proj_weight"), said("norm_attn.weight", "attn_norm.weight")
     ((('k', 'q', 'v'), ('q', 'k', 'v')), ((), ()))
+    >>> said("attn.add_q_proj.weight", "attn.q_add_proj.weight")
+    ((), ())
     """
     both = _words(key), _words(name)
     one, other = (
@@ -37,7 +39,8 @@ def said(key: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
     common = {part for part in one if part in other and part[0] != "#"} - _LAYERS
     first, second = (tuple(part for part in words if part in common) for words in (one, other))
-    return (first, second) if first != second and len(first) == len(second) == len(common) else ((), ())
+    of_one_kind = common <= {*"qkv"} or common.isdisjoint("qkv")  # `add_q` and `q_add` name one projection
+    return (first, second) if of_one_kind and first != second and len(first) == len(second) == len(common) else ((), ())
 
 
 def _words(key: str) -> tuple[str, ...]:
