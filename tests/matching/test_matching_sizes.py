@@ -54,7 +54,6 @@ CARRIED = [
     ("features.0.weight", (8, 1, 3, 3), (8, 3, 3, 3), "in_channels"),
     ("patch_embed.proj.weight", (8, 3, 16, 16), (8, 3, 14, 14), "patch_embed"),
     ("layer1.0.conv2.weight", (8, 8, 3, 3), (8, 8, 3, 3, 3), "inflate"),
-    ("h.0.attn.c_attn.weight", (4, 12), (12, 4), "transpose"),
     ("fc.weight", (8, 4), (8, 4, 1, 1), "reshape"),
 ]
 # What a person has to choose, and what is offered nothing.
@@ -115,6 +114,26 @@ def test_a_first_convolution_reads_the_image_before_any_other(
     assert offered("conv.weight", old, new, beside) == found
     pair = side("a", {"conv.weight": old, **beside}), side("t", {"conv.weight": new, **beside})
     assert not any("first conv" in one.role for one in resizes(*pair, {"conv.weight": "conv.weight"}))
+
+
+@pytest.mark.parametrize(
+    ("biases", "others", "found"),
+    [
+        (((32,), (64,)), (), []),  # another layer, whose two sizes are exchanged by chance
+        (((64,), (64,)), (), [("transpose", True)]),
+        (None, (), [("transpose", False)]),
+        (None, ("up.weight",), [("transpose", True)]),
+    ],
+)
+def test_exchanged_sizes_are_a_turned_layer_of_as_many_outputs(
+    biases: tuple[Shape, Shape] | None, others: tuple[str, ...], found: list[tuple[str, bool]]
+) -> None:
+    old, new = (dict.fromkeys(("proj.weight", *others), shape) for shape in ((32, 64), (64, 32)))
+    keys = {key: key for key in old}
+    for shapes, bias in zip((old, new), biases or (), strict=False):
+        shapes["proj.bias"] = bias
+    answers = resizes(side("a", old), side("t", new), keys)
+    assert [(offer.adapter, one.sure) for one in answers for offer in one.offers][:1] == found
 
 
 def test_several_first_convolutions_change_together() -> None:

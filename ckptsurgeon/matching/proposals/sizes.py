@@ -14,7 +14,7 @@ from math import gcd, inf
 from ckptsurgeon.adapters.table import offers, texts
 from ckptsurgeon.adapters.vision.sizes import square_root
 from ckptsurgeon.matching.evidence.vocabulary import concepts
-from ckptsurgeon.matching.module_tree import is_float
+from ckptsurgeon.matching.module_tree import is_float, module_of
 from ckptsurgeon.planning.diff import Offer, Resize
 from ckptsurgeon.rules.drafting.cover import cover
 from ckptsurgeon.rules.patterns import literal
@@ -311,8 +311,14 @@ def _classes(sized: Sized) -> Iterable[Answer] | None:
 
 
 def _turned(sized: Sized) -> Iterable[Answer] | None:
-    adapter = _by_shape(sized, "transpose")
-    return [(adapter, "rows and columns exchanged", True)] if adapter else None
+    """A layer of as many outputs; without a bias that says so, it is not sure for one alone, which may be of another size."""
+    scene, adapter = sized.scene, _by_shape(sized, "transpose")
+    biases = scene.source.get(f"{module_of(sized.source_key)}.bias"), scene.target.get(f"{sized.module}.bias")
+    outputs = {bias.shape for bias in biases if bias}
+    if not adapter or len(outputs) > 1:
+        return None
+    exchanged = sum(scene.source[name].shape == scene.target[key].shape[::-1] for key, name in scene.pairs.items())
+    return [(adapter, "rows and columns exchanged", all(biases) or exchanged > 1)]
 
 
 ROLES: tuple[Callable[[Sized], Iterable[Answer] | None], ...] = (
