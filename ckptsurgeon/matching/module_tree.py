@@ -20,7 +20,7 @@ from ckptsurgeon.tensors import TensorMeta
 Shape = tuple[int, ...]
 # The last word of a key, and the role that it names in a module.
 ROLES: Mapping[str, str] = {
-    "weight": "weight", "kernel": "weight", "gamma": "weight", "scale": "weight", "a_2": "weight",
+    "weight": "weight", "kernel": "weight", "gamma": "weight", "scale": "weight", "gain": "weight", "a_2": "weight",
     "g": "weight", "w": "weight", "s": "weight",
     "bias": "bias", "beta": "bias", "b": "bias", "b_2": "bias", "offset": "bias", "shift": "bias",
     "running_mean": "running_mean", "moving_mean": "running_mean", "mean": "running_mean",

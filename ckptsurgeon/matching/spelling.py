@@ -109,7 +109,7 @@ def _as_layers(names: Mapping[str, str]) -> dict[str, str]:
     found = {
         key: parameter
         for key, name in names.items()
-        if (parameter := _PARAMETER.fullmatch(name)) and name.rpartition(".")[2] not in ROLES  # a norm's `a_2`, `b_2`
+        if (parameter := _PARAMETER.fullmatch(name)) and not (parameter["layer"] and name.rpartition(".")[2] in ROLES)  # a norm's `b_2`
     }
     layers: dict[str, set[str]] = {}
     for parameter in found.values():

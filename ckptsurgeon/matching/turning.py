@@ -62,7 +62,7 @@ class Look(NamedTuple):
 _LOOKS = {
     2: (Look((1, 0)), Look((0, 1), 0)),
     3: (Look((2, 1, 0)), Look((1, 2, 0)), Look((0, 2, 1)), Look((1, 2, 0), 0), Look((2, 0, 1), 1)),
-    4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1)), Look((0, 2, 3, 1)), Look((0, 3, 1, 2)), Look((2, 3, 1, 0))),
+    4: (Look((3, 2, 0, 1)), Look((2, 3, 0, 1)), Look((0, 2, 3, 1)), Look((0, 3, 1, 2)), Look((2, 3, 1, 0)), Look((0, 1, 3, 2), 1)),
     5: (Look((4, 3, 0, 1, 2)), Look((0, 2, 3, 4, 1)), Look((0, 4, 1, 2, 3)), Look((2, 3, 4, 1, 0))),
 }
 # The target's projections to heads and from them, and the biases of these, as the matrices and vectors that they are elsewhere.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs_support import PAIRS, meta, read_pair
+from pairs_support import PAIRS, made, meta, read_pair
 from profiles import examples
 
 from ckptsurgeon.matching.matcher import match
@@ -314,3 +315,16 @@ def test_kernels_with_their_channels_last_keep_their_names(to_last: bool) -> Non
             many = len(first[link.targets[0]].shape)
             order = [0, *range(2, many), 1] if to_last else [0, many - 1, *range(1, many - 1)]
             assert link.op == f"permute({order})"
+
+
+def test_a_window_over_whole_words_is_a_convolution_over_their_width() -> None:
+    """Kim's convolutions (2014), as a picture's with the width of a word, and as a line's with its channels."""
+    kernels = {f"convs.{at}.weight": (6, 1, size, 10) for at, size in enumerate((3, 4, 5))}
+    picture = side({**kernels, **{f"convs.{at}.bias": (6,) for at in range(3)}})
+    line = side({key: (6, 10, tensor.shape[2]) if len(tensor.shape) > 1 else tensor.shape for key, tensor in picture.items()})
+    found = match(picture, line)
+    assert {link.sources for link in found.certain} == {(key,) for key in picture}
+    (link,) = (link for link in found.certain if link.targets == ("convs.0.weight",))
+    value = torch.randn(6, 1, 3, 10)
+    values = made(link, link.op, 0, [value], {key: tensor.shape for key, tensor in line.items()})
+    assert torch.equal(values, value[:, 0].transpose(1, 2))
