@@ -118,15 +118,18 @@ def test_the_one_table_of_a_recurrent_model_is_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("flat_source", [True, False])
-def test_how_the_pixels_of_a_patch_were_flattened_is_a_doubt(flat_source: bool) -> None:
-    flat: Shapes = {"1.weight": (48, 192), "1.bias": (48,), "2.norm.weight": (48,), "2.norm.bias": (48,), **linear("2.fn", 96, 48)}
+@pytest.mark.parametrize("names", [("1", "2.norm", "2.fn"), ("embeds.proj", "blocks.0.norm", "blocks.0.mlp"), ("stem.proj", "a", "b")])
+def test_how_the_pixels_of_a_patch_were_flattened_is_a_doubt(flat_source: bool, names: tuple[str, str, str]) -> None:
+    first, norm, mlp = names
+    flat: Shapes = {f"{first}.weight": (48, 192), f"{first}.bias": (48,), **linear(mlp, 96, 48)}
+    flat |= {f"{norm}.weight": (48,), f"{norm}.bias": (48,)}
     kernel: Shapes = {
         "stem.proj.weight": (48, 3, 8, 8), "stem.proj.bias": (48,), "blocks.0.norm.weight": (48,), "blocks.0.norm.bias": (48,),
         **linear("blocks.0.mlp", 96, 48),
     }  # fmt: skip
     source, target = (flat, kernel) if flat_source else (kernel, flat)
     sides = [{key: meta(key, shape) for key, shape in some.items()} for some in (source, target)]
-    link = match(*sides).by_target["stem.proj.weight" if flat_source else "1.weight"]
+    link = match(*sides).by_target["stem.proj.weight" if flat_source else f"{first}.weight"]
     assert link.doubt == "layout" and link.choices[0].op == "reshape"
     wanted = "reshape(shape=[48, 8, 8, 3]) | permute(dims=[0, 3, 1, 2])" if flat_source else "permute(dims=[0, 2, 3, 1]) | reshape"
     assert link.choices[1].op == wanted

@@ -1,9 +1,9 @@
 """Which links are in doubt about the order of their elements: one kind of layout after another is asked, in one table.
 
 Rule: between two files of one naming there is no doubt about a whole tensor, nor for a key that has the same name on both sides; there the
-same implementation speaks, unless one of them holds a layer's weight as a bare parameter, has its own recurrent cell, or says the parts in
-another order. What is cut or joined lies otherwise in one of them, whatever they are called (OPT's `qkv_proj` is k, v, q).
-A doubt takes nothing from a link's keys, and adds none.
+same implementation speaks, unless one of them holds a layer's weight as a bare parameter, has its own recurrent cell, a linear layer for a
+convolution over patches, or says the parts in another order. What is cut or joined lies otherwise in one of them, whatever they are called
+(OPT's `qkv_proj` is k, v, q). A doubt takes nothing from a link's keys, and adds none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KINDS: tuple[Callable[[Link, Sides], Sequence[Layout]], ...] = (
     either.up_or_down,
 )
 _OF_PARTS = (fused.find, halves.gate_and_up, squares.find)  # also of what is cut or joined
-_ANEW = (squares.KIND, orders.GATES)  # what is written anew between files of one naming
+_ANEW = (squares.KIND, orders.GATES, patches.PIXELS)  # what is written anew between files of one naming
 Tensors = Mapping[str, TensorMeta]
 
 
@@ -53,7 +53,8 @@ def with_doubts(links: Iterable[Link], source: Tensors, target: Tensors) -> list
 def _with_doubt(link: Link, sides: Sides, one_naming: bool) -> Link:
     whole = len(link.sources) == len(link.targets) == 1
     same = SAME in link.evidence and not squares.written_anew(link, sides)
-    stays = whole and (same or sides.names.get(link.sources[0]) == link.targets[0])
+    named = same or sides.names.get(link.sources[0]) == link.targets[0]
+    stays = whole and named and len(sides.source.tensors[link.sources[0]].shape) == len(sides.target.tensors[link.targets[0]].shape)
     choices = next((layouts for kind in (_KINDS if whole else _OF_PARTS) if not stays and (layouts := kind(link, sides))), ())
     anew = whole and choices and (choices[0].kind in _ANEW or orders.said(link.sources[0], link.targets[0])[0])
     if not choices or (whole and one_naming and not anew):
