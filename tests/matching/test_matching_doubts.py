@@ -238,3 +238,20 @@ def test_a_fused_bias_of_which_the_target_has_two_parts(same_names: bool) -> Non
     for other in ({"attn.q_bias": (8,)}, {"attn.q_bias": (8,), "attn.v_bias": (4,)}, {"attn.query_key_value.bias": (20,)}):
         target = {f"{block}.{key}": shape for block in names for key, shape in (kept | other).items()}
         assert not [link for link in match(side(source), side(target)).links if "parts" in link.op]
+
+
+_PAIRS = (
+    "user_embedding.weight item_embedding.weight|bos_embed eos_embed|row_embed col_embed|log_alpha alpha|fc_logvar.weight fc_var.weight|"
+    "w_in.weight w_out.weight|min_val max_val|sigma sigma_sq|inv_freq freqs|prior.log_std prior.std|bn.running_mean bn.running_var|pos_emb neg_emb"
+)
+
+
+@pytest.mark.parametrize("names", _PAIRS.split("|"))
+def test_opposites_and_other_quantities_are_no_renaming(names: str) -> None:
+    here, there = names.split()
+    rest: dict[str, tuple[int, ...]] = {
+        f"enc.fc{at}.{role}": (8, 4)[: 2 if role == "weight" else 1] for at in (1, 2) for role in ("weight", "bias")
+    }
+    for first, second in ((here, there), (there, here)):
+        assert second not in sure(side(rest | {first: (5, 4)}), side(rest | {second: (5, 4)}))
+    assert "fc_logvar.weight" in sure(side(rest | {"fc_log_var.weight": (5, 4)}), side(rest | {"fc_logvar.weight": (5, 4)}))

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from ckptsurgeon.matching.evidence.opposites import opposed
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said_by_place
 from ckptsurgeon.matching.module_tree import ROLES, around, fold, is_float, module_of
 from ckptsurgeon.planning.links import Link
@@ -43,7 +44,7 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
             continue
         (key,), (name,) = link.sources, link.targets
         home = next((home for way in ways if (home := way.elsewhere(key, name))), "")
-        if _exclude(key, name, sides):
+        if opposed(key, name) or _exclude(key, name, sides):
             yield link, "names exclude each other", ""
         elif home:
             yield link, f"the rest of its module goes to {home}", ""

@@ -15,6 +15,7 @@ from itertools import product
 
 from ckptsurgeon.matching.evidence.company import layers_before_norms, rest_is_a_body
 from ckptsurgeon.matching.evidence.distinguish import abbreviated
+from ckptsurgeon.matching.evidence.opposites import one_is_a_log
 from ckptsurgeon.matching.evidence.roles import Roles
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, implied
 from ckptsurgeon.matching.module_tree import ROLES, fold, is_float, module_of
@@ -342,9 +343,9 @@ def _of_two(source_key: str, target_key: str) -> bool:
 
 
 def _barred(source_key: str, target_key: str) -> bool:
-    """Whether one name alone says that the tensor was added to a model, or is a head or a pooler."""
+    """Whether one name alone says that the tensor was added to a model, is a head or a pooler, or a logarithm."""
     source_words, target_words = set(concepts(source_key)), set(concepts(target_key))
-    return any(
+    return one_is_a_log(source_key, target_key) or any(
         bool(source_words & words) != bool(target_words & words) or (source_words & words and not source_words & target_words & words)
         for words in (_ADDED, _KIND)
     )
