@@ -255,3 +255,20 @@ def test_opposites_and_other_quantities_are_no_renaming(names: str) -> None:
     for first, second in ((here, there), (there, here)):
         assert second not in sure(side(rest | {first: (5, 4)}), side(rest | {second: (5, 4)}))
     assert "fc_logvar.weight" in sure(side(rest | {"fc_log_var.weight": (5, 4)}), side(rest | {"fc_logvar.weight": (5, 4)}))
+
+
+@pytest.mark.parametrize("name", ["proj", "pool", "contrastive_head"])
+def test_a_layer_of_a_head_of_words_is_no_new_layer(name: str) -> None:
+    """The norm behind it has no partner; nor is it the layer before other classes, where all else keeps its name."""
+    words: dict[str, tuple[int, ...]] = {
+        f"lm_head.{key}": shape for key, shape in (("dense.weight", (8, 8)), ("norm.weight", (8,)), ("bias", (31,)))
+    }
+    tables: dict[str, tuple[int, ...]] = {"tok.weight": (31, 8)}
+    source, target = tables | layers("blocks", QKVO), tables | layers("layers", OTHER)
+    for first, second, key in (
+        (source | words, target | {f"{name}.weight": (8, 8)}, f"{name}.weight"),
+        (target | {f"{name}.weight": (8, 8)}, source | words, "lm_head.dense.weight"),
+        (source | words, source | {"classifier.dense.weight": (8, 8), "classifier.out.weight": (3, 8)}, "classifier.dense.weight"),
+    ):
+        found = sure(side(first), side(second))
+        assert key not in found and len(found) == 9

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from ckptsurgeon.matching.evidence.opposites import opposed
 from ckptsurgeon.matching.evidence.vocabulary import SAYS_NOTHING, concepts, conflict, said_by_place
@@ -22,6 +22,7 @@ _LEVELS = 4  # of modules around a layer that are looked at
 _MOST = 32  # targets without a source that a link is compared with
 _PARTS = frozenset({"q", "k", "v", "out"})  # of one attention
 _TOWERS = (frozenset({"text", "image", "audio"}), frozenset({"encoder", "decoder"}))
+_HEAD = frozenset({"head", "lm"})
 _PARTS_OF_A_BLOCK = frozenset({"attn", "mlp"})  # a norm may be called after the one before it, or behind
 
 
@@ -38,6 +39,7 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
     ways = [_Homes(_modules_at_equal_depth, single), _Homes(_blocks, single)]
     usual = _Usual(single, reached, target)
     clear = {link.targets[0]: link.sources[0] for link in single if link.clear}
+    torn = _torn_heads({key for link in links for key in link.sources}, source), _torn_heads(owners, target)
     strangers = dict(_strangers(clear, target)), dict(_strangers({key: name for name, key in clear.items()}, source))
     for link in single:
         if not link.clear:
@@ -46,6 +48,8 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
         home = next((home for way in ways if (home := way.elsewhere(key, name))), "")
         if opposed(key, name) or _exclude(key, name, sides):
             yield link, "names exclude each other", ""
+        elif norm := _of_torn_head(key, name, torn[0]) or _of_torn_head(name, key, torn[1]):
+            yield link, f"{norm} of its head has no partner", ""
         elif home:
             yield link, f"the rest of its module goes to {home}", ""
         elif name in strangers[0]:
@@ -58,6 +62,22 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
             rival = next((other for other in near if not _told(key, name, other, usual)), "")
             if rival:
                 yield link, f"{rival} is left, and as good", f"{key} -> {rival}"
+
+
+def _torn_heads(done: Container[str], side: Tensors) -> dict[str, str]:
+    """The layers of heads beside which a norm has no partner, and that norm."""
+    matrices = {module_of(key) for key, tensor in side.items() if len(tensor.shape) > 1}
+    norms = {
+        module_of(module_of(key)): module_of(key)
+        for key in side
+        if key not in done and module_of(key) not in matrices and "norm" in concepts(module_of(key).rpartition(".")[2])
+    }
+    return {layer: norms[head] for layer in matrices if (head := module_of(layer)) in norms and _HEAD & {*concepts(head)}}
+
+
+def _of_torn_head(key: str, name: str, torn: Mapping[str, str]) -> str:
+    """The norm without a partner beside the layer of a tensor, if that goes to a layer that is in no head."""
+    return "" if _HEAD & {*concepts(module_of(module_of(name)))} else torn.get(module_of(key), "")
 
 
 def _strangers(pairs: Mapping[str, str], side: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -333,6 +333,7 @@ class Support:
 _TELLING = {"head", "pool", "lm", "embed", "tok", "pos", "cls", "mask", "gate", "scale", "norm"}  # one of these on one side alone says no
 _ADDED = {"adapter", "adapters", "lora", "prompt", "prompts", "ia3", "prefix"}  # what is put into a model to be trained anew
 _KIND = {"head", "pool", "lm", "mask"}
+_LM = {"lm"}
 
 
 def _of_two(source_key: str, target_key: str) -> bool:
@@ -347,7 +348,7 @@ def _barred(source_key: str, target_key: str) -> bool:
     source_words, target_words = set(concepts(source_key)), set(concepts(target_key))
     return one_is_a_log(source_key, target_key) or any(
         bool(source_words & words) != bool(target_words & words) or (source_words & words and not source_words & target_words & words)
-        for words in (_ADDED, _KIND)
+        for words in (_ADDED, _KIND, _LM)
     )
 
 
