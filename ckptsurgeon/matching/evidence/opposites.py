@@ -13,8 +13,8 @@ from ckptsurgeon.matching.module_tree import ROLES
 _WORD = re.compile(r"[Ll]og(?=[Vv]ar|[Ss]td|[Ss]ig)|[A-Z]?[a-z]+|[A-Z]+")
 # Words that exclude each other: one row for each choice, `|` between its sides.
 _ROWS = (
-    "user|item bos|eos row,rows|col,cols,column,columns mean,avg|var,variance|std|min|max pos,positive|neg,negative left|right src,source|tgt,"
-    "trg,target start,begin|end first|last sin|cos prior|posterior real|imag high|low upper|lower top|bottom front|back fwd,forward|bwd,"
+    "user|item bos|eos row,rows|col,cols,column,columns mean,avg|var,variance|std|min|max pos,positive|neg,negative left|right src,source"
+    "|tgt,trg,target start,begin|end first|last sin|cos prior|posterior real|imag high|low upper|lower top|bottom front|back fwd,forward|bwd,"
     "backward,reverse student|teacher scale,gamma|shift,beta width|height gen,generator|disc,discriminator day|night horizontal|vertical"
 )
 _OF_A_LAYER = "in,input|out,output"  # the same, of what a layer itself is called
@@ -37,8 +37,9 @@ def opposed(first: str, second: str) -> bool:
     >>> opposed("user_embedding.weight", "item_embedding.weight"), opposed("src.user", "user"), opposed("inv_freq", "freqs")
     (True, False, True)
     """
-    words, own = [_words(key) for key in (first, second)], [_words(_own_name(key)) for key in (first, second)]
-    return _apart(*words, _EVERYWHERE) or _apart(*own, _IN_A_LAYER) or not (words[0] ^ words[1]).isdisjoint(_QUANTITIES)
+    words, other_words = _words(first), _words(second)
+    apart = _apart(words, other_words, _EVERYWHERE) or _apart(_words(_own_name(first)), _words(_own_name(second)), _IN_A_LAYER)
+    return apart or not (words ^ other_words).isdisjoint(_QUANTITIES)
 
 
 def one_is_a_log(first: str, second: str) -> bool:
