@@ -73,7 +73,8 @@ def _joined(
     links = [turned.get(key) or Link((key,), (name,), "", inf, (SAME,)) for key, name in same.items()]
     stays = [link for link in matched if not (any(key in same for key in link.sources) or names.intersection(link.targets))]
     often = Counter(key for link in matched for key in link.sources)
-    stays += [link for link in matched if _shares(link, often, same, names)]
+    taken = {*names, *bare.values()}  # what the source has in another size is no tie
+    stays += [link for link in matched if _shares(link, often, same, taken)]
     freed = len(stays) + sum(same.get(link.sources[0]) == link.targets[0] for link in matched if len(link.sources) == 1) < len(matched)
     if not freed:
         return links + _at_home(stays, bare, members)
@@ -109,9 +110,9 @@ def _strays(link: Link, bare: Mapping[str, str], members: Set[str]) -> bool:
     return False
 
 
-def _shares(link: Link, often: Mapping[str, int], same: Mapping[str, str], names: set[str]) -> bool:
+def _shares(link: Link, often: Mapping[str, int], same: Mapping[str, str], taken: set[str]) -> bool:
     """Whether a target without a source of its own takes one that another target has too (a tied output layer)."""
-    return len(link.sources) == 1 and link.sources[0] in same and often[link.sources[0]] > 1 and names.isdisjoint(link.targets)
+    return len(link.sources) == 1 and link.sources[0] in same and often[link.sources[0]] > 1 and taken.isdisjoint(link.targets)
 
 
 def _keys(links: Iterable[Link]) -> tuple[set[str], set[str]]:

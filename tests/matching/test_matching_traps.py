@@ -121,6 +121,17 @@ def test_experts_are_stacked() -> None:
     assert found["e.gate_up"].doubt == "layout" and found["e.down"].certain
 
 
+def test_a_layer_that_the_source_has_in_another_size_is_not_tied() -> None:
+    """One layer more before the head: `4` is the head's name in the source."""
+    layers = [("0", 8, 20), ("2", 8, 8), ("4", 3, 8)]
+    source, target = (
+        side(*(row for name, rows, columns in net for row in ((f"{name}.weight", (rows, columns)), (f"{name}.bias", (rows,)))))
+        for net in (layers, [*layers[:2], ("4", 8, 8), ("6", 3, 8)])
+    )
+    links = {link.targets: link.sources for link in match(source, target).links}
+    assert ("4.weight",) not in links and links["6.weight",] == ("4.weight",)
+
+
 def test_a_tied_output_layer_takes_the_embedding() -> None:
     source = side(("wte.weight", (50, 8)), *block("h.0", TIMM))
     target = side(("embed_tokens.weight", (50, 8)), *block("layers.0", HF), ("lm_head.weight", (50, 8)))
