@@ -7,8 +7,10 @@ from pairs_support import meta
 from rows_support import norm
 
 from ckptsurgeon.matching.matcher import match
+from ckptsurgeon.matching.proposals.advise import advise
 from ckptsurgeon.matching.proposals.shares import share_of, unlike
-from ckptsurgeon.tensors import TensorMeta
+from ckptsurgeon.planning.diff import compare
+from ckptsurgeon.tensors import Checkpoint, TensorMeta
 
 Side = dict[str, TensorMeta]
 Rows = list[tuple[str, tuple[int, ...]]]
@@ -217,3 +219,35 @@ def test_parts_that_each_block_of_one_side_alone_has_are_another_models() -> Non
     assert not found(swin("", table=True), renamed(swin("", table=True)))[1]
     lacking = [row for row in swin("", table=True) if "table" not in row[0]]
     assert not found(lacking, renamed(swin("", table=True)))[1]  # one side alone has more
+
+
+def test_a_model_that_norms_its_input_is_none_that_norms_its_output() -> None:
+    """BERT and GPT-2: tables of other sizes could be resized."""
+    first: Rows = [("embeddings.word_embeddings.weight", (40, 8)), *norm("embeddings.LayerNorm", 8), *layers("encoder.layer", HF, 4)]
+    last: Rows = [("wte.weight", (50, 8)), *layers("h", FAIRSEQ, 4), *norm("ln_f", 8)]
+    plain: Rows = [*last[:-4], *norm("norm", 8)]
+    for source, target, unlike_ends in (
+        (first, last, True),
+        (last, first, True),
+        (first, plain, False),
+        (first, [*last, *first[1:3]], False),
+    ):
+        assert ("are norms at other ends" in found(source, target)[1]) is unlike_ends
+
+
+TEXT: Rows = [("text_model.token_embedding.weight", (40, 8)), *layers("text_model.encoder", HF, 4)]
+VISION: Rows = [("vision_model.patch.weight", (8, 3, 4, 4)), *layers("vision_model.encoder", HF, 4)]
+
+
+def test_a_prefix_that_is_exchanged_makes_no_text_of_pictures() -> None:
+    assert "what reads the input has no partner" in found(TEXT, VISION)[1]
+    assert not found(TEXT, [(key.replace("text_model", "text_tower"), shape) for key, shape in TEXT])[1]
+    assert not found(TEXT[1:], VISION[1:])[1]  # layers alone
+
+
+def test_a_diff_carries_no_mapping_between_two_models() -> None:
+    one, other = (
+        Checkpoint(path, "safetensors", "0", {key: meta(key, shape) for key, shape in rows}) for path, rows in (("a", TEXT), ("b", VISION))
+    )
+    advice = advise(compare(one, other), one, other)
+    assert not advice.rules and not advice.match

@@ -164,15 +164,18 @@ class Sides:
         return rename_all(self.source.tensors, self.target.tensors, change.prefix)
 
     @cached_property
-    def one_naming(self) -> bool:
-        """Whether more than half of the smaller side's keys are equal after the prefix.
+    def equal_names(self) -> bool:
+        """Whether more than half of the smaller side's keys are equal after the prefix."""
+        target = self.target.tensors
+        return sum(name in target for name in self.names.values()) > min(len(self.source.tensors), len(target)) / 2
 
-        One that is exchanged for another (`actor.` for `critic.`) counts too, not that of a single layer.
-        """
+    @cached_property
+    def one_naming(self) -> bool:
+        """The same, of a prefix that is exchanged for another (`actor.` for `critic.`) too, not that of a single layer."""
+        if self.equal_names:
+            return True
         source, target = self.source.tensors, self.target.tensors
         half = min(len(source), len(target)) / 2
-        if sum(name in target for name in self.names.values()) > half:
-            return True
         exchanges = find_exchange(source, target)
         return any(
             len(exchange.mapping) > half and not _NUMBER.search(exchange.prefix.stripped + exchange.prefix.added) for exchange in exchanges

@@ -2,7 +2,8 @@
 
 Rule: half of one side is enough where both have one naming, if that does not tear the blocks of a list in half. Between two namings the
 layers of any two transformers of one width fit, so nearly all of one side must have a partner, an uncertain one at least, and what reads
-the input must have one; of another size it may be only where both are equally deep. A deeper target is another model.
+the input must have one; of another size it may be only where both are equally deep. A deeper target is another model. So is one that norms
+its output, where the other norms its input.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _LEVELS = 4  # of numbered lists around a tensor that are looked at
 _BLOCKS = 4  # of a numbered list, from which on it tells that a model is another
 _PART = 0.2  # of a side's elements, from which on a list of it tells
 _BARE = 0.25  # of a block's tensors, below which it has no partner
+_ENDS = {"input": {"embed", "first"}, "output": {"final", "f"}}  # words of the norms there
+_APART = {frozenset({end}) for end in _ENDS}
 _KINDS = {"conv", "norm", "relpos", "pos"}  # words of a block that say little, or of tables that have the size of the input
 _BUFFERS = {"running", "mask", "index", "ids", "inv", "freq", "freqs", "coords", "buffer", "tracked"}  # words of what is computed
 _MEMBER = re.compile(r"\d{1,9}(?=\.)")  # a number at the end of a part of a name
@@ -58,14 +61,15 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
         reached: the target's.
     """
     whole = Sides(Side(source), Side(target))
-    if whole.one_naming:
-        return _torn(whole.names, source, target, taken, reached)
+    torn = _torn(whole.names, source, target, taken, reached) if whole.one_naming else ""
+    if torn or whole.equal_names:
+        return torn
     sides = [
         (done, {key: tensor for key, tensor in side.items() if is_float(tensor)}) for done, side in ((taken, source), (reached, target))
     ]
     placed = [_learned_places(done, side) for done, side in sides]
     for where, other in zip(placed, (whole.target, whole.source), strict=True):
-        if where and not other.positions:
+        if where and not other.positions and not whole.one_naming:
             return f"{where} is learned, and the other side has no positions"
     open_roles = [{role for key in side.keys() - done if (role := sized_role(key, side))} for done, side in sides]
     resized = open_roles[0] & open_roles[1]
@@ -75,6 +79,11 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
     met = any(key in done or sized_role(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
     if all(inputs) and not met:
         return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
+    if whole.one_naming:
+        return ""
+    ends = [_norms_at_one_end(side) for _, side in sides]
+    if {*map(frozenset, ends)} == _APART:
+        return f"{' and '.join(key for found in ends for key in found.values())} are norms at other ends of their models"
     heads = _new_heads(sides)
     shares = [
         share_of(done, {key: side[key] for key in side if key in done or not {module_of(key), sized_role(key, side)} & (heads | resized)})
@@ -91,6 +100,13 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
         or _other_sizes(*(_left_in_blocks(done, side) for done, side in sides))
         or _other_parts(_left_in_every_block(*sides[0]), _left_in_every_block(*sides[1]), *sides)
     )
+
+
+def _norms_at_one_end(side: Tensors) -> dict[str, str]:
+    """A norm by the end of a model that all norms outside of lists are at, as each of their names says."""
+    words = {key: {*concepts(module_of(key))} for key, tensor in side.items() if len(tensor.shape) == 1 and not _MEMBER.search(key)}
+    norms = {key: own for key, own in words.items() if "norm" in own and not own & {"head", "lm", "pool"}}
+    return {end: key for end, said in _ENDS.items() for key in norms if all(own & said for own in norms.values())}
 
 
 def _new_heads(sides: Sequence[tuple[Collection[str], Tensors]]) -> Set[str]:
