@@ -251,3 +251,13 @@ def test_a_diff_carries_no_mapping_between_two_models() -> None:
     )
     advice = advise(compare(one, other), one, other)
     assert not advice.rules and not advice.match
+
+
+def test_a_new_stem_and_blocks_that_lose_a_part_are_another_model_under_equal_names() -> None:
+    """SE-ResNet and ResNet with a deep stem; a new stem alone may be a person's own."""
+    parts: Rows = [(f"layer{at}.se.weight", (2, 8)) for at in range(4)]
+    body: Rows = [(f"layer{at}.conv{n}.weight", (8, 8, 3, 3)) for at in range(4) for n in (1, 2)]
+    plain_stem: Rows = [("conv1.weight", (8, 3, 7, 7)), *body]
+    deep: Rows = [("stem.0.weight", (4, 3, 3, 3)), ("stem.1.weight", (8, 4, 3, 3)), *body]
+    assert "what reads the input has no partner" in found([*plain_stem, *parts], deep)[1]
+    assert not found(plain_stem, [*deep, *parts])[1] and not found([*plain_stem, *parts], plain_stem)[1]

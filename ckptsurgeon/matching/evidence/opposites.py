@@ -13,9 +13,10 @@ from ckptsurgeon.matching.module_tree import ROLES
 _WORD = re.compile(r"[Ll]og(?=[Vv]ar|[Ss]td|[Ss]ig)|[A-Z]?[a-z]+|[A-Z]+")
 # Words that exclude each other: one row for each choice, `|` between its sides.
 _ROWS = (
-    "user|item bos|eos row,rows|col,cols,column,columns mean,avg|var,variance|std|min|max pos,positive|neg,negative left|right src,source"
-    "|tgt,trg,target start,begin|end first|last sin|cos prior|posterior real|imag high|low upper|lower top|bottom front|back fwd,forward|bwd,"
-    "backward,reverse student|teacher scale,gamma|shift,beta width|height gen,generator|disc,discriminator day|night horizontal|vertical"
+    "user|item bos|eos row,rows|col,cols,column,columns mean,avg|var,variance|std|min|max pos,positive|neg,negative left|right "
+    "src,source|tgt,trg,target start,begin|end first|last sin|cos prior|posterior real|imag high|low upper|lower top|bottom "
+    "front|back fwd,forward|bwd,backward,reverse student|teacher scale,gamma|shift,beta width|height "
+    "gen,generator|disc,discriminator day|night horizontal|vertical"
 )
 _OF_A_LAYER = "in,input|out,output"  # the same, of what a layer itself is called
 _QUANTITIES = frozenset({"inv", "inverse", "sq", "squared", "sqrt", "rsqrt"})  # words that make another quantity of what is called so

@@ -61,8 +61,7 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
         reached: the target's.
     """
     whole = Sides(Side(source), Side(target))
-    torn = _torn(whole.names, source, target, taken, reached) if whole.one_naming else ""
-    if torn or whole.equal_names:
+    if whole.one_naming and (torn := _torn(whole.names, source, target, taken, reached)):
         return torn
     sides = [
         (done, {key: tensor for key, tensor in side.items() if is_float(tensor)}) for done, side in ((taken, source), (reached, target))
@@ -77,7 +76,8 @@ def unlike(taken: Set[str], reached: Set[str], source: Tensors, target: Tensors)
     stems = [[key for key in keys if role_of(key, side) == STEM] for keys, (_, side) in zip(inputs, sides, strict=True)]
     inputs = stems if all(stems) else inputs
     met = any(key in done or sized_role(key, side) in resized for (done, side), keys in zip(sides, inputs, strict=True) for key in keys)
-    if all(inputs) and not met:
+    lost = not whole.equal_names or _left_in_every_block(*sides[0])  # of one naming, a new stem alone is no other model
+    if all(inputs) and not met and lost:
         return f"what reads the input has no partner: {inputs[0][0]} and {inputs[1][0]}"
     if whole.one_naming:
         return ""
