@@ -213,8 +213,8 @@ def _proposed(case: Case, first: tuple[Rule, ...], aside: frozenset[str]) -> Can
 def _enough(case: Case, first: tuple[Rule, ...], proposal: Proposal) -> bool:
     """Whether links are worth following: as `match` says, or where they do not explain half of the elements since one key of another size
     has most of them: as it would say without such keys. Those between two models are not."""
-    if proposal.refusal() is None or proposal.is_of_another:
-        return not proposal.is_of_another
+    if proposal.refusal() is None or _of_another(proposal):
+        return not _of_another(proposal)
     reached = case.diff((*first, *(ruled.rule for ruled in proposal.ruled)), None)
     pairs = {} if reached is None else {**{row.key: row.source for row in reached.mismatched}, **_renamed(case, reached)}
     if not pairs:
@@ -222,6 +222,11 @@ def _enough(case: Case, first: tuple[Rule, ...], proposal: Proposal) -> bool:
     target_side = (_targets(proposal), {*pairs}, case.target)
     source_side = ({key for link in proposal.applied for key in link.sources}, {*pairs.values()}, case.source)
     return max(map(_explained, (target_side, source_side))) >= LEAST
+
+
+def _of_another(proposal: Proposal) -> bool:
+    """Whether both sides look like other models, whatever links explain."""
+    return bool(proposal.unlike) and proposal.explained >= LEAST
 
 
 def _explained(side: tuple[set[str], set[str], Checkpoint]) -> float:
@@ -256,7 +261,7 @@ class _Judge:
 def _ways(candidate: Candidate | None, base: Diff) -> list[tuple[tuple[Rule, ...], bool]]:
     """The rules that may be carried, each with whether `--match` stands for them, the first to be tried first."""
     if candidate is None or not candidate.worth:
-        return [] if candidate and candidate.proposal.is_of_another else [(way.rules, False) for way in base.exchanges]
+        return [] if candidate and _of_another(candidate.proposal) else [(way.rules, False) for way in base.exchanges]
     writable = all(rule.kind != "stage" for rule in candidate.rules)
     short = writable and len(candidate.rules) <= FEW
     ways = [(candidate.rules, True)] if candidate.by_match and not short else []

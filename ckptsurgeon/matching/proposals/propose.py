@@ -130,11 +130,6 @@ class Proposal(Matching, Result):
             ),
         )
 
-    @property
-    def is_of_another(self) -> bool:
-        """Whether both sides look like other models, whatever links explain."""
-        return bool(self.unlike) and self.explained >= LEAST
-
     def refusal(self, least: float = LEAST, less: str = "") -> CoverageError | None:
         """Why this is no mapping to follow.
 
