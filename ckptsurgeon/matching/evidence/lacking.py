@@ -65,12 +65,12 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
 
 
 def _torn_heads(done: Container[str], side: Tensors) -> dict[str, str]:
-    """The layers of heads beside which a norm has no partner, and that norm."""
+    """The layers of heads, in no list, beside which a norm has no partner, and that norm."""
     matrices = {module_of(key) for key, tensor in side.items() if len(tensor.shape) > 1}
     norms = {
         module_of(module_of(key)): module_of(key)
         for key in side
-        if key not in done and module_of(key) not in matrices and "norm" in concepts(module_of(key).rpartition(".")[2])
+        if key not in done and not _listed(key) and module_of(key) not in matrices and "norm" in concepts(module_of(key).rpartition(".")[2])
     }
     return {layer: norms[head] for layer in matrices if (head := module_of(layer)) in norms and _HEAD & {*concepts(head)}}
 
