@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from typing import NamedTuple
 
+from ckptsurgeon.matching.counted_anew import torn_biases
 from ckptsurgeon.matching.evidence.crossed import exchangeable
 from ckptsurgeon.matching.evidence.facts import Facts, Tensors
 from ckptsurgeon.matching.evidence.lacking import stand_ins
@@ -315,6 +316,11 @@ def _stand_ins(facts: Facts) -> _Doubts:
             yield Doubt(link, words, rival)
 
 
+def _torn(facts: Facts) -> _Doubts:
+    """A bias without the weight of its layer, of equal names too."""
+    return (Doubt(link, "the weight beside it goes or comes otherwise") for link in torn_biases(facts.links, facts.source))
+
+
 def _open(facts: Facts) -> Iterator[Link]:
     return (link for link in facts.links if link.clear and not facts.named(link))
 
@@ -342,4 +348,5 @@ _DOUBTS: tuple[Callable[[Facts], _Doubts], ...] = (
     _exchangeable_parts,
     _stand_ins,
     _shape_alone,
+    _torn,
 )

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from ckptsurgeon.limit_table import allowed
 from ckptsurgeon.matching.align import lay
+from ckptsurgeon.matching.counted_anew import counted_anew
 from ckptsurgeon.matching.doubts import doubted
 from ckptsurgeon.matching.evidence.company import behind, companions, lists_of, parts_within
 from ckptsurgeon.matching.evidence.crossed import exchanged
@@ -124,6 +125,8 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     source = {key: tensor for key, tensor in whole.items() if key not in leaning}
     ties = [[names[1].get(key, key) for key in tied] for tied in ties]
     same, bare = _names(source, target)
+    same, anew = counted_anew(source, target, same, bare)
+    same, bare = {**same, **anew}, {**bare, **anew}
     ordered = ordered and has_order(source) and has_order(target)
     facts = Facts((), source, target, same, bare, ordered)
     links, trust = ([], 0.0) if len(same) == min(len(source), len(target)) else _look(source, target, ordered)
@@ -131,9 +134,10 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     def judge(links: list[Link]) -> list[Link]:
         return doubted(replace(facts, links=links))
 
-    links, same = prefer_equal_names(
-        links, same, bare, source, target, lambda source_rest, target_rest: _look(source_rest, target_rest, ordered, rest=True)[0], judge
-    )
+    def again(source_rest: Tensors, target_rest: Tensors) -> list[Link]:
+        return _look(source_rest, target_rest, ordered, rest=True)[0]
+
+    links, same = prefer_equal_names(links, same, bare, anew, source, target, again, judge)
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
     facts = replace(facts, same=same)
     links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import inf
@@ -29,6 +29,7 @@ def prefer_equal_names(
     matched: Sequence[Link],
     same: Mapping[str, str],
     bare: Mapping[str, str],
+    anew: Collection[str],
     source: Tensors,
     target: Tensors,
     again: Again,
@@ -36,9 +37,10 @@ def prefer_equal_names(
 ) -> tuple[list[Link], dict[str, str]]:
     """The links, where keys of equal name and shape (`same`, from source to target) go together; what that leaves over is matched again.
 
-    `bare` are the source's keys as the target's names would call them. Given back beside the links: the equal names that were followed.
+    `bare` are the source's keys as the target's names would call them, `anew` those of lists that are counted anew. Given back beside the
+    links: the equal names that were followed.
     """
-    turned = _turned(matched, same, source)
+    turned = {key: Link((key,), (same[key],), "", inf, (SHIFTED,)) for key in anew} | _turned(matched, same, source)
     links = _joined(matched, same, bare, turned, source, target, again)
     shifts = _shifts(matched, same, bare, target)
     if not shifts:

@@ -181,3 +181,21 @@ def test_some_modules_under_other_names(seed: int, follower: Follower) -> None:
         sides = [side([(key, list(tensor.shape), "float32") for key, tensor in state.items()]) for state in (made.source, made.target)]
         assert got.right >= plain.right and got.wrong <= plain.wrong
         assert got.right >= made.truth.keys() - doubted(match(*(dict(sorted(tensors.items())) for tensors in sides)))
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("more", [0, 1])
+def test_next_gives_no_norm_the_bias_of_a_layer(more: int, back: bool, follower: Follower) -> None:
+    """Norms are put into a sequence whose layers all have one width, and one layer more: names tear layers then."""
+    plain, normed = {"stem.weight": (10, 10)}, {"stem.weight": (10, 10)}
+    for at, (into, out) in enumerate([(10, 64), *[(64, 64)] * (2 + more), (64, 5)]):
+        normed |= {f"net.{3 * at}.weight": (out, into)} | {f"net.{3 * at + 1}.{name}": (out,) for name in ("weight", "bias") if out > 5}
+    for at, (into, out) in enumerate([(10, 64), (64, 64), (64, 64), (64, 5)]):
+        plain |= {f"net.{2 * at}.weight": (out, into), f"net.{2 * at}.bias": (out,)}
+    one, other = (values(shapes, seed) for seed, shapes in enumerate((normed, plain) if back else (plain, normed)))
+    sure = {"stem.weight": one["stem.weight"], "net.0.weight": one["net.0.weight"]}
+    places = [((3, 2), (2, 3))[not back]] if not more else []
+    sure |= {f"net.{there * at}.weight": one[f"net.{here * at}.weight"] for here, there in places for at in range(4)}
+    got = follower.follow(World(one, other, sure), "pt")[1]
+    assert got.right >= sure.keys()
+    assert "net.4.bias" not in got.wrong

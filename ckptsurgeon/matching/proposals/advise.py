@@ -13,6 +13,7 @@ from functools import cached_property
 
 from ckptsurgeon.adapters.chain import filled_elements
 from ckptsurgeon.errors import CheckpointError, RuleError
+from ckptsurgeon.matching.counted_anew import torn_biases
 from ckptsurgeon.matching.module_tree import fold
 from ckptsurgeon.matching.proposals.propose import Proposal, propose
 from ckptsurgeon.matching.proposals.shares import LEAST, share_of, sized_role, unlike
@@ -82,6 +83,7 @@ class Candidate:
     proposal: Proposal
     worth: bool
     by_match: bool
+    torn: frozenset[str] = frozenset()  # what names give, without the weight of its layer
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -126,7 +128,18 @@ def advise(
             reached = _reached(case, carried, chosen, base, matched if matched is not None and matched.worth else None)
             if reached is not None:
                 return _advice(case, diff, reached, chosen, matched, carried, by_match, links)
-    return replace(_advice(case, diff, base, chosen, None, (), False, links), skipped=to_match and not few)
+    drops = _torn(case, base)
+    advice = _advice(case, diff, (case.diff(drops, chosen) if drops else None) or base, chosen, None, (), False, links)
+    return replace(advice, rules=(*drops, *advice.rules), skipped=to_match and not few)
+
+
+def _torn(case: Case, base: Diff) -> tuple[Rule, ...]:
+    """Rules that keep the biases of layers off norms that have their names."""
+    changed = {row.key for row in base.mismatched if {1} < {len(row.source_shape), len(row.target_shape)}}
+    torn = {case.plain.get(key, "") for key in base.matched if key.endswith(".bias") and f"{key[:-4]}weight" in changed} - {""}
+    names = {key: base.prefix.bare(key) for key in case.source} if torn else {}
+    patterns = cover(sorted(names[key] for key in torn), [name for key, name in names.items() if key not in torn]) if torn else ()
+    return tuple(Rule("drop", pattern) for pattern in patterns)
 
 
 def with_sizes(proposal: Proposal, source: Checkpoint, target: Checkpoint, outside: Outside = NO_OUTSIDE) -> Proposal:
@@ -207,7 +220,7 @@ def _proposed(case: Case, first: tuple[Rule, ...], aside: frozenset[str]) -> Can
         return None
     worth = _enough(case, first, proposal) and bool(first or any(not _stays(link) for link in proposal.applied))
     apart = judge.changed or proposal.refusal() is not None or any(link.doubt for link in proposal.links)
-    return Candidate(first, proposal, worth, not apart)
+    return Candidate(first, proposal, worth, not apart, judge.torn)
 
 
 def _enough(case: Case, first: tuple[Rule, ...], proposal: Proposal) -> bool:
@@ -242,19 +255,22 @@ class _Judge:
 
     def __init__(self, case: Case, aside: frozenset[str]) -> None:
         self.case, self.aside, self.changed = case, aside, False
+        self.torn: frozenset[str] = frozenset()
 
     def __call__(self, matching: Matching) -> tuple[Matching, tuple[str, ...]]:
         certain = [link for link in matching.links if link.certain]
         reached = {key for link in certain for key in link.targets}
         used = {key for link in certain for key in link.sources}
         stays = {name: key for name, key in self.case.plain.items() if name not in reached and key not in used}
+        named = [Link((key,), (name,), "", 1.0, ("same name, same shape",)) for name, key in stays.items()]
+        self.torn = frozenset(name for link in torn_biases([*certain, *named], self.case.source) for name in link.targets if name in stays)
         links = [
             link
             for link in matching.links
             if self.aside.isdisjoint(link.targets) and (link.certain or stays.keys().isdisjoint(link.targets))
         ]
         self.changed = len(links) < len(matching.links) or bool(stays)
-        links += [Link((key,), (name,), "", 1.0, ("same name, same shape",)) for name, key in stays.items()]
+        links += [link for link in named if self.torn.isdisjoint(link.targets)]
         return replace(matching, links=tuple(links)), ()
 
 
@@ -277,7 +293,7 @@ def _reached(case: Case, rules: tuple[Rule, ...], auto: str | None, base: Diff, 
         return None
     used = {key for link in candidate.proposal.applied for key in link.sources} if candidate else set()
     kept = {key for key in base.matched if case.plain.get(key) not in used}
-    required = kept | _targets(candidate.proposal) if candidate else kept
+    required = (kept - candidate.torn) | _targets(candidate.proposal) if candidate else kept
     return reached if required <= set(reached.matched) else None
 
 
