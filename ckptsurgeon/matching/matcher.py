@@ -137,9 +137,9 @@ def _match_plain(all_source: Tensors, all_target: Tensors, ties: Iterable[Sequen
     def again(source_rest: Tensors, target_rest: Tensors) -> list[Link]:
         return _look(source_rest, target_rest, ordered, rest=True)[0]
 
-    links, same = prefer_equal_names(links, same, bare, anew, source, target, again, judge)
+    links, same, bare = prefer_equal_names(links, same, bare, anew, source, target, again, judge)
     links = squares_turned([*links, *cut_biases(links, source, target)], source, target)
-    facts = replace(facts, same=same)
+    facts = replace(facts, same=same, bare=bare)
     links = in_turn(exchanged(_tied(links, ties), source, target, facts.named), source, target, facts.named)
     links = _towered(counted(links, source), source, target, same)
     links = _named_back(doubted(replace(facts, links=links)), *names)

@@ -34,26 +34,29 @@ def prefer_equal_names(
     target: Tensors,
     again: Again,
     judge: Judge,
-) -> tuple[list[Link], dict[str, str]]:
+) -> tuple[list[Link], dict[str, str], Mapping[str, str]]:
     """The links, where keys of equal name and shape (`same`, from source to target) go together; what that leaves over is matched again.
 
     `bare` are the source's keys as the target's names would call them, `anew` those of lists that are counted anew. Given back beside the
-    links: the equal names that were followed.
+    links: the equal names that were followed, and `bare` by them.
     """
-    turned = {key: Link((key,), (same[key],), "", inf, (SHIFTED,)) for key in anew} | _turned(matched, same, source)
-    links = _joined(matched, same, bare, turned, source, target, again)
-    shifts = _shifts(matched, same, bare, target)
+    named = {key: Link((key,), (same[key],), "", inf, (SHIFTED,)) for key in anew}
+    links = _joined(matched, same, bare, named | _turned(matched, same, source), source, target, again)
+    shifts = list(_shifts(matched, same, bare, target))
     if not shifts:
-        return links, dict(same)
+        return links, dict(same), bare
     judged = judge(links)
-    for shift in shifts:
+    for shift, counts in shifts:
         kept = {key: name for key, name in same.items() if not shift.holds(key, name)}
+        counted = shift.counted(counts, bare)
+        moved = {key: name for key, name in counted.items() if name in target and source[key].shape == target[name].shape}
         shifted = [_shifted(link) if shift.holds(link.sources[0], link.targets[0]) else link for link in matched]
-        rejoined = _joined(shifted, kept, bare, turned, source, target, again)
+        more = named | {key: Link((key,), (name,), "", inf, (SHIFTED,)) for key, name in moved.items()}
+        rejoined = _joined(shifted, kept | moved, {**bare, **counted}, more | _turned(shifted, kept | moved, source), source, target, again)
         if _explained(judge(rejoined), shift) > _explained(judged, shift):
-            same, matched, links = kept, shifted, rejoined
+            same, bare, named, matched, links = kept | moved, {**bare, **counted}, more, shifted, rejoined
             judged = judge(links)
-    return links, dict(same)
+    return links, dict(same), bare
 
 
 def _shifted(link: Link) -> Link:
@@ -133,45 +136,51 @@ class _Shift:
         """Whether a link's source is of the list, or its target is."""
         return key.startswith(self.here) or name.startswith(self.there)
 
+    def counted(self, counts: Mapping[int, int], bare: Mapping[str, str]) -> dict[str, str]:
+        """The names of the list's keys after their numbers are counted so."""
+        found = {}
+        for key, name in bare.items():
+            if name.startswith(self.there) and (number := _NUMBER.match(name, len(self.there))) and int(number[0]) in counts:
+                found[key] = f"{self.there}{counts[int(number[0])]}{name[number.end() :]}"
+        return found
 
-def _shifts(matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str], target: Tensors) -> list[_Shift]:
-    """Lists in which found links contradict equal names, and all that are moved there are by one and the same difference of numbers, or
-    each to the one that is as far from the first."""
+
+def _shifts(
+    matched: Sequence[Link], same: Mapping[str, str], bare: Mapping[str, str], target: Tensors
+) -> Iterator[tuple[_Shift, Mapping[int, int]]]:
+    """Lists with equal names of which found links move all that they move by one and the same difference of numbers, or each to the one
+    that is as far from the first; with the number that each goes to."""
     moves: dict[_Shift, set[tuple[int, int]]] = {}
-    against: set[_Shift] = set()
-    names = {*same.values()}
     for link in matched:
         if link.certain and len(link.sources) == len(link.targets) == 1:
             key, name = link.sources[0], link.targets[0]
-            moved = _moved(bare[key], name) if bare[key] != name else None
-            if moved:
+            if moved := _moved(bare[key], name):
                 there, numbers = moved
-                shift = _Shift(_head(key, bare[key], there), there)
-                moves.setdefault(shift, set()).add(numbers)
-                if name in names:
-                    against.add(shift)
-    return [
-        shift
-        for shift, numbers in moves.items()
-        if shift in against and (len({b - a for a, b in numbers}) == 1 or numbers <= _counted_anew(bare.values(), target, shift.there))
-    ]
+                moves.setdefault(_Shift(_head(key, bare[key], there), there), set()).add(numbers)
+    for shift, pairs in moves.items():
+        if any(shift.holds(*pair) for pair in same.items()):
+            ours, theirs = (_members_at(side, shift.there) for side in (bare.values(), target))
+            anew = dict(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else {}
+            differences = {new - old for old, new in pairs}
+            if len(differences) == 1:
+                yield shift, {number: number + min(differences) for number in ours}
+            elif pairs <= anew.items():
+                yield shift, anew
 
 
-def _counted_anew(names: Iterable[str], target: Iterable[str], head: str) -> set[tuple[int, int]]:
-    """The numbers of a list's members on both sides in turn; none where one side has more."""
-    members = [
-        {int(found[0]) for name in side if name.startswith(head) and (found := _NUMBER.match(name, len(head)))} for side in (names, target)
-    ]
-    return {*zip(*map(sorted, members), strict=True)} if len({*map(len, members)}) == 1 else set()
+def _members_at(names: Iterable[str], head: str) -> list[int]:
+    """The numbers of a list's members."""
+    return sorted({int(found[0]) for name in names if name.startswith(head) and (found := _NUMBER.match(name, len(head)))})
 
 
 def _moved(first: str, second: str) -> tuple[str, tuple[int, int]] | None:
-    """The path up to the first number in which two names differ, and both numbers; None where they differ otherwise."""
-    if fold(first) != fold(second):
-        return None
-    differ = [(a, b) for a, b in zip(_NUMBER.finditer(first), _NUMBER.finditer(second), strict=True) if a[0] != b[0]]
-    (a, b) = differ[0]
-    return second[: b.start()], (int(a[0]), int(b[0]))
+    """The path up to the first number in which two names differ, and both numbers; None where they differ otherwise up to there."""
+    for a, b in zip(_NUMBER.finditer(first), _NUMBER.finditer(second), strict=False):
+        if first[: a.start()] != second[: b.start()]:
+            break
+        if a[0] != b[0]:
+            return second[: b.start()], (int(a[0]), int(b[0]))
+    return None
 
 
 def _head(key: str, name: str, there: str) -> str:

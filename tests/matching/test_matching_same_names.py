@@ -328,3 +328,25 @@ def test_a_window_over_whole_words_is_a_convolution_over_their_width() -> None:
     value = torch.randn(6, 1, 3, 10)
     values = made(link, link.op, 0, [value], {key: tensor.shape for key, tensor in line.items()})
     assert torch.equal(values, value[:, 0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(("first", "second"), [("norm2", "norm2"), ("ln2", "pre_mlp_ln")])
+def test_a_list_that_is_counted_from_one_has_its_names_there(first: str, second: str, in_order: bool) -> None:
+    """Nearly all of a block has other names: what has its name goes one number on with the rest, and its norms keep their order."""
+    early = {"norm2": ("attn_norm", "norm1"), "ln2": ("pre_attn_ln", "ln1")}[first]
+    names = {"k": ("k_lin", "k_lin"), "q": ("q_proj", "q_lin"), "v": ("v_proj", "v_lin"), "o": ("out_proj", "dense")}
+    names |= {"early": early, "late": (first, second), "up": ("c_fc", "fc1"), "down": ("c_proj", "fc2")}
+    shapes = {"up": (32, 8), "down": (8, 32), "late": (8,), "early": (8,)}
+    truth = {
+        f"layers.{i + 1}.{new}.{leaf}": (f"layers.{i}.{old}.{leaf}", shapes.get(part, (8, 8))[: 1 if leaf == "bias" else 2])
+        for i in range(3)
+        for part, (old, new) in names.items()
+        for leaf in ("weight", "bias")
+    }
+    source, target = dict(truth.values()), {key: shape for key, (_, shape) in truth.items()}
+    if not in_order:
+        target = dict(sorted(target.items()))
+    found = sure(side(source), side(target))
+    assert found.items() <= {key: (name,) for key, (name, _) in truth.items()}.items()
+    assert len(found) >= len(truth) - 6

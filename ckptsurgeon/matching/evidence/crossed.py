@@ -31,16 +31,18 @@ EXCHANGED = "its names speak against the other way"
 
 
 class _Beside(NamedTuple):
-    """What else stands in a layer: a third of a kind, or a norm behind the MLP, which leaves the one behind the attention the first."""
+    """What else stands in a layer: a third of a kind, or a norm behind the MLP, which leaves the one behind the attention the first; or one
+    before it, which leaves number 1 the first."""
 
     third: bool
     behind_mlp: bool
+    before_mlp: bool
 
     @classmethod
     def of(cls, names: Iterable[str]) -> _Beside:
         """What these layers of one module, by their names, tell of each other."""
         words = frozenset().union(*map(concepts, names))
-        return cls("#3" in words, "postmlp" in words)
+        return cls("#3" in words, "postmlp" in words, "premlp" in words and "#0" not in words)
 
 
 Signature = frozenset[tuple[str, tuple[int, ...]]]
@@ -207,6 +209,6 @@ def _agree(old: str, new: str, beside: tuple[_Beside, _Beside]) -> float:
 
 def _is_late(words: frozenset[str], beside: _Beside) -> bool | None:
     """Whether a norm stands behind the attention of its layer; None where its name does not say, as in a layer with two attentions."""
-    first = {"postattn"} if beside.behind_mlp else set()
+    first = {word for word, told in (("postattn", beside.behind_mlp), ("#1", beside.before_mlp)) if told}
     early, late = bool(words & (_EARLY | first)), bool(words & (_LATE - first - ({"#2"} if beside.third else set())))
     return None if early == late or "cross" in words else late

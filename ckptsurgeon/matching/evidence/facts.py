@@ -12,7 +12,6 @@ from functools import cached_property
 
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import module_of
-from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.spelling import squash, squashed
 from ckptsurgeon.planning.links import Link
 from ckptsurgeon.tensors import TensorMeta
@@ -39,9 +38,7 @@ class Facts:
     ordered: bool
 
     def named(self, link: Link) -> bool:
-        """Whether a link is of equal names, or of a list that was found to be shifted as a whole."""
-        if SHIFTED in link.evidence:
-            return True
+        """Whether a link is of equal names, in a list that was found to be shifted as a whole by the numbers there."""
         return len(link.sources) == len(link.targets) == 1 and self.same.get(link.sources[0]) == link.targets[0]
 
     @cached_property
