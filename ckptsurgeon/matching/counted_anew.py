@@ -80,12 +80,12 @@ def _torn(at: int, here: Mapping[int, Layer], there: Mapping[int, Layer]) -> boo
 
 
 def torn_biases(links: Iterable[Link], source: Tensors) -> Iterator[Link]:
-    """The biases that part from the weight beside them."""
+    """The biases that part from the weight beside them, among single layers of lists."""
     pairs: dict[str, list[tuple[str, str, Link]]] = {"weight": [], "bias": []}
     for link in links:
         if link.clear and len(link.sources) == len(link.targets) == 1:
             (here, part), (there, other) = ((key.rpartition(".")[::2]) for key in (*link.sources, *link.targets))
-            if part == other and part in pairs:
+            if part == other and part in pairs and here[here.rfind(".") + 1 :].isdecimal() and there[there.rfind(".") + 1 :].isdecimal():
                 pairs[part].append((here, there, link))
     goes: dict[tuple[int, str], set[str]] = {}
     for here, there, _ in pairs["weight"]:

@@ -110,3 +110,15 @@ def test_two_heads_of_one_size_are_the_mean_and_the_variance(names: tuple[str, s
     target = [(key.replace("fc_mu", names[0]).replace("fc_var", names[1]).replace("encoder", "enc"), shape) for key, shape in source]
     found = sure(match(side(sorted(source)), side(sorted(target))))
     assert found == {other: one for (one, _), (other, _) in zip(source, target, strict=True)}
+
+
+@pytest.mark.parametrize("in_order", [True, False], ids=["library", "sorted"])
+def test_a_layer_of_the_hidden_state_is_never_one_of_the_input(in_order: bool) -> None:
+    """As wide as the input, and without the input's biases: shapes tell nothing."""
+    lstm = side([(key, tuple(tensor.shape)) for key, tensor in torch.nn.LSTM(5, WIDTH, 2).state_dict().items()])
+    rows: Rows = [
+        (f"cells.{at}.hidden_lin.{part}", (4 * WIDTH, WIDTH)[: 1 + (part == "weight")]) for at in range(2) for part in ("weight", "bias")
+    ]
+    hand = side([*rows, *((f"cells.{at}.input_lin.weight", (4 * WIDTH, WIDTH if at else 5)) for at in range(2))])
+    found = match(*(one if in_order else dict(sorted(one.items())) for one in (hand, lstm)))
+    assert all(("hidden" in link.sources[0]) == ("_hh_" in link.targets[0]) for link in found.certain)

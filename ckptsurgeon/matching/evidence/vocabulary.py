@@ -27,6 +27,8 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     (r"log_?var(iance)?|lnvar", "logvar"),
     (r"w_?[ix]([rzifgoc])|x2([rznifgoc])", r"ih.\1\2"),  # the gates of a recurrent cell
     (r"w_?h([rznifgoc])|h2([rznifgoc])", r"hh.\1\2"),
+    (r"input_lin(ear)?", "first.ih.linear"),
+    (r"hidden_lin(ear)?", "hh.linear"),
     (r"query_?key_?value|in_?proj|c_attn|w_?pack|w_?qkv|qkv_proj|to_qkv|attn_qkv", "qkv"),
     (r"key_?value|kv_proj|to_kv|wkv|c_kv", "kv"),
     (r"(e_)?score_correction_bias(?=$)", "expert.bias"),
