@@ -190,3 +190,13 @@ def test_an_embedding_is_not_cut_into_the_layers_that_a_source_lacks(in_order: b
     target += [(f"layers.{at}.{name}.weight", shapes[part]) for at in range(3) for part, name in there.items()]
     found = {key: link.sources for link in match(*sides(source, target, in_order)).links for key in link.targets}
     assert not [key for key, keys in found.items() if "embed_tokens" in keys[0] and key != "tok_embeddings.weight"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("intermediate", "output"), ("w_in", "w_out")])
+@pytest.mark.parametrize("attention", ["attn.out", "attn.proj", "o"])
+def test_the_output_of_an_mlp_is_none_of_an_attention(attention: str, first: str, second: str) -> None:
+    """An MLP as wide as the model: shapes tell nothing, and both layers are called an output."""
+    around = "attn." if "." in attention else ""
+    parts = {attention: "dense", "ffn.fc2": second, "ffn.fc1": first} | {f"{around}{letter}": f"{letter}_proj" for letter in "qkv"}
+    here, there = (side([(f"layers.{at}.{name}.weight", (8, 8)) for at in range(3) for name in names]) for names in (parts, parts.values()))
+    assert not [link for link in match(here, there).certain if attention in link.sources[0] and second in link.targets[0]]

@@ -30,6 +30,7 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
     """Each link that may stand in for another, why, and its rival as `source -> target`."""
     single = [link for link in links if len(link.sources) == len(link.targets) == 1]
     sides = _words_of(source), _words_of(target)
+    outputs = _outputs(source), _outputs(target)
     reached = {key for link in links if link.clear for key in link.targets}
     owners = {name: key for link in links for key in link.sources for name in link.targets}
     fresh: dict[tuple[tuple[int, ...], str], list[str]] = {}
@@ -46,7 +47,8 @@ def stand_ins(links: Sequence[Link], source: Tensors, target: Tensors) -> Iterat
             continue
         (key,), (name,) = link.sources, link.targets
         home = next((home for way in ways if (home := way.elsewhere(key, name))), "")
-        if opposed(key, name) or _exclude(key, name, sides):
+        of_parts = {outputs[0].get(module_of(key)), outputs[1].get(module_of(name))}
+        if of_parts == {"mlp", "attn"} or opposed(key, name) or _exclude(key, name, sides):
             yield link, "names exclude each other", ""
         elif norm := _of_torn_head(key, name, torn[0]) or _of_torn_head(name, key, torn[1]):
             yield link, f"{norm} of its head has no partner", ""
@@ -116,6 +118,24 @@ def _listed(name: str) -> str:
 
 def _words_of(side: Tensors) -> frozenset[str]:
     return frozenset(word for part in {part for key in side for part in key.split(".")[:-1]} for word in concepts(part))
+
+
+_FIRST = {"output": "intermediate", "w_out": "w_in"}  # layers of an MLP, by the second one's name
+
+
+def _outputs(side: Tensors) -> dict[str, str]:
+    """Modules that are called an output, and what of: an MLP, whose first layer is beside it, or an attention."""
+    beside: dict[str, set[str]] = {}
+    modules = {module_of(key) for key in side}
+    for module in modules:
+        beside.setdefault(module_of(module), set()).update((last := module.rpartition(".")[2], *concepts(last)))
+    found = {}
+    for module in modules:
+        head, _, last = module.rpartition(".")
+        if "out" in {*concepts(last)} | said_by_place(module):
+            of_attention = "v" in beside[head] or "attn" in concepts(head.rpartition(".")[2])
+            found[module] = "mlp" if _FIRST.get(last) in beside[head] else "attn" if of_attention else ""
+    return found
 
 
 def _role(key: str) -> str:
