@@ -31,6 +31,7 @@ from ckptsurgeon.matching.evidence.lists import (
 from ckptsurgeon.matching.evidence.support import Support
 from ckptsurgeon.matching.evidence.vocabulary import concepts
 from ckptsurgeon.matching.module_tree import MEMBER, fold, module_of, squeezed
+from ckptsurgeon.matching.same_names import SHIFTED
 from ckptsurgeon.matching.towers import exchangeable_parts
 from ckptsurgeon.matching.turning import TURN
 from ckptsurgeon.planning.links import Link
@@ -102,7 +103,9 @@ def _turned_alone(facts: Facts) -> _Doubts:
 
 def _shape_alone(facts: Facts) -> _Doubts:
     """What nothing but a shape speaks for."""
-    support = Support(facts.links, facts.source, facts.target, facts.same, facts.bare, facts.ordered)
+    moved = {key for link in facts.links if SHIFTED in link.evidence for key in link.sources}
+    same = {key: name for key, name in facts.same.items() if key not in moved}  # what is counted otherwise is not one naming
+    support = Support(facts.links, facts.source, facts.target, same, facts.bare, facts.ordered)
     often = Counter(key for link in facts.links if link.certain for key in link.sources)
     for link in _open(facts):
         if all(often[key] == 1 for key in link.sources) and not support.speaks_for(link):
