@@ -98,3 +98,21 @@ def test_dimensions_are_no_count(in_order: bool) -> None:
             rows += [(f"{path}.scale_1", (8,)), *((f"{path}.{part}", shape) for part, shape in mixer)]
     found = sure(match(*sides(source, target, in_order)))
     assert all(found.get(name, key) == key for (key, _), (name, _) in zip(source, target, strict=True))
+
+
+@ORDERS
+def test_one_list_may_count_the_other_way_and_the_one_before_it_not(in_order: bool) -> None:
+    """A decoder's middle blocks count up where its stages count down; who has all blocks in one sequence counts through both."""
+    names = ("norm1", "conv1", "norm2", "conv2"), ("groupnorm_1", "conv_1", "groupnorm_2", "conv_2")
+    blocks = [(f"mid.block_{at}", 24, 24) for at in (1, 2)]
+    blocks += [(f"up.{3 - at}.block.{n}", (24, 24, 16, 8)[max(at - (n == 0), 0)], (24, 24, 16, 8)[at]) for at in range(4) for n in range(3)]
+    source, target = (
+        [
+            (f"{path if side == 0 else at + 2}.{name}.{leaf}", shape[: 4 if leaf == "weight" else 1])
+            for at, (path, into, width) in enumerate(blocks)
+            for name, shape in zip(names[side], ((into,), (width, into, 3, 3), (width,), (width, width, 3, 3)), strict=True)
+            for leaf in ("weight", "bias")
+        ]
+        for side in (0, 1)
+    )
+    truth(source, target, sure(match(*sides(source, target, in_order))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations, product, takewhile
 from typing import NamedTuple, TypeVar
@@ -168,7 +168,7 @@ def _fitting(kinds: set[Kind], others: set[Kind], source: Blocks, target: Blocks
     if len(forms[0]) != len(forms[1]) or {} in forms[0].values() or len({str(sorted(form.items())) for form in forms[0].values()}) < 2:
         return []
 
-    def fitting(turned: int | None) -> list[dict[str, str]]:
+    def fitting(turned: Set[str] = frozenset()) -> list[dict[str, str]]:
         return [
             dict(zip(there, here, strict=True))
             for here in _orders(forms[0], kinds, source, turned)
@@ -176,13 +176,23 @@ def _fitting(kinds: set[Kind], others: set[Kind], source: Blocks, target: Blocks
             if all(forms[0][block] == forms[1][other] for block, other in zip(here, there, strict=True))
         ]
 
+    def turned_at(at: int) -> list[dict[str, str]]:
+        """With the numbers at a place counting the other way: those of one list of blocks alone, or else of all."""
+        heads = {head[at] for head in map(_heads, forms[0])}
+        return [order for head in sorted(heads) for order in fitting({head})] or fitting(heads)
+
     counts = list(map(_counts, ([block] for block in forms[0])))
     numbers = range(min(map(len, counts)))
     first = next((at for at in numbers if len({count[at] for count in counts}) > 1), None)
-    rising = fitting(None)
-    orders = [*rising, *(fitting(first) if first is not None else ())] if rising else [order for at in numbers for order in fitting(at)]
+    rising = fitting()
+    orders = [*rising, *(turned_at(first) if first is not None else ())] if rising else [order for at in numbers for order in turned_at(at)]
     found = [order for at, order in enumerate(orders) if order not in orders[:at]]
     return [] if len(found) > 1 and (_parallel(kinds, source) or _parallel(others, target)) else found
+
+
+def _heads(block: str) -> list[str]:
+    """The list that each number of a block counts in."""
+    return [COUNT.sub("{}", block[: found.start()]) for found in COUNT.finditer(block)]
 
 
 def _parallel(kinds: set[Kind], side: Blocks) -> bool:
@@ -208,10 +218,13 @@ def _places(here: str, there: str) -> tuple[list[str], list[str]]:
     return [here[: found.end()] for found in MEMBER.finditer(here)], [there[: found.start()] for found in _DOT.finditer(there)]
 
 
-def _orders(blocks: Iterable[str], kinds: set[Kind], side: Blocks, turned: int | None = None) -> Iterator[list[str]]:
+def _orders(blocks: Iterable[str], kinds: set[Kind], side: Blocks, turned: Set[str] = frozenset()) -> Iterator[list[str]]:
     """Blocks as their numbers count them, those of a kind together where the names of kinds part; of lists that count the same, also in
-    turn. `turned` is the place of a number that counts the other way."""
-    counts = {block: [-number if at == turned else number for at, number in enumerate(_counts([block]))] for block in blocks}
+    turn. Numbers of the lists in `turned` count the other way."""
+    counts = {
+        block: [-number if head in turned else number for head, number in zip(_heads(block), _counts([block]), strict=True)]
+        for block in blocks
+    }
     alike = takewhile(lambda letters: len({*letters}) == 1, zip(*(kind.name for kind in kinds), strict=False))
     place = sum(letters[0] == "}" for letters in alike)
     for at in (place, place + 1) if _parallel(kinds, side) else (place,):
