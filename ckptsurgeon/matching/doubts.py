@@ -1,7 +1,7 @@
 """Links that were found, and are less sure than they look: nothing is certain by shape alone, and fresh is always possible.
 
 Rule: each kind of doubt is one function of this module, in the table at its end; a doubt takes a link's margin, never the link. Links of
-equal names are not doubted.
+equal names are not doubted, save a bias whose weight goes elsewhere.
 """
 
 from __future__ import annotations

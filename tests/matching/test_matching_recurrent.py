@@ -122,3 +122,16 @@ def test_a_layer_of_the_hidden_state_is_never_one_of_the_input(in_order: bool) -
     hand = side([*rows, *((f"cells.{at}.input_lin.weight", (4 * WIDTH, WIDTH if at else 5)) for at in range(2))])
     found = match(*(one if in_order else dict(sorted(one.items())) for one in (hand, lstm)))
     assert all(("hidden" in link.sources[0]) == ("_hh_" in link.targets[0]) for link in found.certain)
+
+
+@pytest.mark.parametrize("inputs", [8, 10])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_deeper_cell_under_another_name_keeps_the_layers_that_were(inputs: int, both_ways: bool) -> None:
+    def net(name: str, layers: int) -> dict[str, TensorMeta]:
+        model = torch.nn.ModuleDict(
+            {"emb": torch.nn.Embedding(50, inputs), name: torch.nn.LSTM(inputs, 8, layers, bidirectional=both_ways)}
+        )
+        return side([(key, tuple(tensor.shape)) for key, tensor in model.state_dict().items()])
+
+    found = {link.targets[0]: link.sources[0] for link in match(net("rnn", 1), net("lstm", 2)).certain}
+    assert found == {key.replace("rnn", "lstm"): key for key in net("rnn", 1)}

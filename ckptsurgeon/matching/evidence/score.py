@@ -5,6 +5,7 @@ Rule: each kind of evidence has one weight, in one line of this module; kinds ar
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ COMPANY = 2.0  # as near as the other to what is paired already
 BEHIND = 3.0  # norms of convolutions that are paired already
 SLOT = 1.0  # between the same layers, where keys stand in an order of their own
 NAMED_AFTER = 3.0  # one is named after the part of a layer that the other stands in
+_LAYER = re.compile(r"_l\d+$")  # of torch's LSTM and GRU
 Anchors = Sequence[tuple[Node, Node]]  # pairs in the same surroundings that are certain
 
 
@@ -177,8 +179,8 @@ class Table:
         return tuple(words for words, points in self.parts(row, column).items() if points) or ("the others fit less",)
 
     def _counted_otherwise(self, source: Node, target: Node) -> bool:
-        """Whether one stands among more of its name than the other: the first of two is not the first of three."""
-        counted = source.name[-1:].isdigit() and not source.name.isdigit()
+        """Whether one stands among more of its name than the other: the first of two is not the first of three, save a recurrent layer."""
+        counted = source.name[-1:].isdigit() and not source.name.isdigit() and not _LAYER.search(source.name)
         return counted and self.clues.rows.get(id(source), 1) != self.clues.rows.get(id(target), 1)
 
     def _named_after(self, row: int, column: int) -> bool:
