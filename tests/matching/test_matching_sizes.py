@@ -138,6 +138,8 @@ def test_exchanged_sizes_are_a_turned_layer_of_as_many_outputs(
 
 def test_several_first_convolutions_change_together() -> None:
     assert offered("rgb.conv.weight", (8, 3, 3, 3), (8, 1, 3, 3), {"out.weight": (3, 8, 3, 3)}) == [("in_channels", True)]
+    narrow: dict[str, Shape] = {"layers.0.conv.weight": (8, 4, 3, 3), "layers.0.conv2.weight": (4, 4, 3, 3)}
+    assert offered("stem.conv.weight", (8, 3, 3, 3), (8, 1, 3, 3), narrow) == [("in_channels", True)]
     keys = {key: key for key in ("left.conv.weight", "right.conv.weight")}
     found = resizes(side("a", dict.fromkeys(keys, (8, 3, 3, 3))), side("t", dict.fromkeys(keys, (8, 1, 3, 3))), keys)
     assert [(one.sure, len(one.offers)) for one in found] == [(True, 2)]

@@ -157,9 +157,11 @@ class Sized:
 
     @property
     def is_first_convolution(self) -> bool:
-        """Whether it is a kernel that sees the image, or what stands for it: no other has few channels that stay or change otherwise."""
-        channels = self.old[1], self.new[1]
-        return self.new[0] > _IMAGE and all(key == self.key or change == channels for key, change in self.scene.stems.items())
+        """Whether it is a kernel that sees the image, or what stands for it: no other as near to the input has few channels that stay or
+        change otherwise. What is in fewer numbered lists is nearer."""
+        channels, depth = (self.old[1], self.new[1]), _depth(self.key)
+        others = (change for key, change in self.scene.stems.items() if key != self.key and _depth(key) <= depth)
+        return (self.new[0] > _IMAGE or max(channels) <= _IMAGE) and all(change == channels for change in others)
 
     @property
     def is_depthwise(self) -> bool:
@@ -178,6 +180,11 @@ def _kernel_dims(tensors: Iterable[tuple[str, TensorMeta]]) -> set[int]:
     """The dimensions of kernels, without those of one channel in numbered lists, which are depthwise."""
     kernels = [(key, tensor.shape) for key, tensor in tensors if key.endswith("weight") and len(tensor.shape) > 2]
     return {len(shape) for key, shape in kernels if 1 not in shape[:2] or not any(map(str.isdigit, key.split(".")))}
+
+
+def _depth(key: str) -> int:
+    """In how many numbered lists a key stands."""
+    return sum(map(str.isdigit, key.split(".")))
 
 
 def _own(key: str) -> frozenset[str]:
