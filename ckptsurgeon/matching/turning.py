@@ -137,17 +137,22 @@ def _turned(source: Tensors, target: Tensors, across: bool) -> dict[str, Look]:
     What fits in two ways is turned as what fits in one of them alone. `across` says that outputs are along the other dim in all matrices.
     """
     kernels = any(map(_kernel, source)) != any(map(_kernel, target))  # JAX's and TensorFlow's word: `x @ kernel`
-    ways = [_fitting(look, many, source, target, (across, kernels)) for many, every in _LOOKS.items() for look in every]
+    biased = {(tensor.shape, _bias(key, target)) for key, tensor in target.items()}
+    ways = [_fitting(look, many, source, biased, (across, kernels)) for many, every in _LOOKS.items() for look in every]
     looks: dict[str, Look] = {}
     for _, found in sorted(ways, key=lambda way: sum(way[0] < only for only, _ in ways)):
         looks = found | looks
     return looks
 
 
-def _fitting(look: Look, many: int, source: Tensors, target: Tensors, told: tuple[bool, bool]) -> tuple[Set[str], dict[str, Look]]:
-    """Which weights of so many dims fit the target looked at so, and not as they are; and how all of these look that fit so."""
-    shapes = {tensor.shape for tensor in target.values()}
-    biased = {(tensor.shape, _bias(key, target)) for key, tensor in target.items()}
+def _fitting(
+    look: Look, many: int, source: Tensors, biased: Set[tuple[Shape, int]], told: tuple[bool, bool]
+) -> tuple[Set[str], dict[str, Look]]:
+    """Which weights of so many dims fit the target looked at so, and not as they are; and how all of these look that fit so.
+
+    `biased` has the target's shapes, each with the number of outputs that its bias has.
+    """
+    shapes = {shape for shape, _ in biased}
     of_biases = many == 2 and look.one is not None
     weights = {
         key: tensor.shape
